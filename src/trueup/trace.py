@@ -1,0 +1,240 @@
+"""`trueup.trace/1`: the public JSONL form of rollouts, read without trusting it.
+
+One JSON object a line: engine, sampling, prompt and completion token ids, the engine's logprob of each completion
+token; optionally trainer_logprobs, weight_versions, replica, reward, model_digest, finish_reason. A malformed row is
+evidence about an engine, so the reader never stops at one: it says what is wrong with it and goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from trueup.errors import TraceError
+from trueup.types import is_integer
+
+SCHEMA = "trueup.trace/1"
+MAX_LINE_BYTES = 16 * 2**20
+MAX_ROWS = 1_000_000
+MAX_TOKEN_ID = 2**31 - 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineInfo:
+    """What a trace says about the engine that made it; `flags` are its own launch flags, spelled as recorded."""
+
+    name: str = "unknown"
+    version: str = ""
+    api: str = ""
+    device: str = ""
+    flags: Mapping[str, object] = field(default_factory=dict)
+
+    def title(self) -> str:
+        """Return e.g. "vllm 0.18.1 (V1)"."""
+        api = f" ({self.api})" if self.api else ""
+        return f"{self.name} {self.version}".strip() + api
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TraceRow:
+    """One completion as logged, unvalidated: arrays may disagree in length and hold NaN.
+
+    `completion_logprobs` are nats; an entry that was no number is NaN. `line` counts from 1 in the file.
+    """
+
+    line: int
+    engine: EngineInfo
+    sampling: Mapping[str, object]
+    prompt_token_ids: tuple[int, ...]
+    completion_token_ids: tuple[int, ...]
+    completion_logprobs: tuple[float, ...]
+    trainer_logprobs: tuple[float, ...] | None = None
+    weight_versions: tuple[int, ...] | None = None
+    replica: str | None = None
+    reward: float | None = None
+    model_digest: str | None = None
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowProblem:
+    """Something wrong with one line; `dropped` says whether the row could still be used as evidence."""
+
+    line: int
+    message: str
+    dropped: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trace:
+    """A trace file as read: usable rows and everything that was wrong."""
+
+    path: Path
+    rows: tuple[TraceRow, ...]
+    problems: tuple[RowProblem, ...]
+
+
+class _Unusable(Exception):
+    """A row that cannot be used at all; the message says why."""
+
+
+def _ids(record: Mapping[str, object], name: str) -> tuple[int, ...]:
+    values = record.get(name)
+    if not isinstance(values, list):
+        raise _Unusable(f"{name} is missing or not a list")
+    for position, value in enumerate(values):
+        if not is_integer(value) or not 0 <= value <= MAX_TOKEN_ID:
+            raise _Unusable(f"{name}[{position}] is no token id: {str(value)[:40]!r}")
+    return tuple(values)
+
+
+def _number(value: object) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            return math.nan
+    return math.nan
+
+
+def _numbers(record: Mapping[str, object], name: str, problems: list[str]) -> tuple[float, ...] | None:
+    values = record.get(name)
+    if values is None:
+        return None
+    if not isinstance(values, list):
+        raise _Unusable(f"{name} is not a list")
+    numbers = tuple(_number(v) for v in values)
+    strange = [i for i, v in enumerate(values) if math.isnan(numbers[i]) and not isinstance(v, float)]
+    if strange:
+        problems.append(f"{name}[{strange[0]}] is no number ({len(strange)} such entries), read as NaN")
+    return numbers
+
+
+def _text(record: Mapping[str, object], name: str) -> str | None:
+    value = record.get(name)
+    return None if value is None else str(value)[:200]
+
+
+def _engine(value: object, problems: list[str]) -> EngineInfo:
+    if not isinstance(value, Mapping):
+        problems.append("engine is missing: name, version and flags are unknown")
+        return EngineInfo()
+    flags = value.get("flags")
+    return EngineInfo(
+        name=_text(value, "name") or "unknown",
+        version=_text(value, "version") or "",
+        api=_text(value, "api") or "",
+        device=_text(value, "device") or "",
+        flags=flags if isinstance(flags, Mapping) else {},
+    )
+
+
+def _versions(record: Mapping[str, object], problems: list[str]) -> tuple[int, ...] | None:
+    values = record.get("weight_versions")
+    if values is None:
+        return None
+    if not isinstance(values, list) or not all(is_integer(v) for v in values):
+        problems.append("weight_versions is not a list of integers, ignored")
+        return None
+    return tuple(values)
+
+
+def parse_row(record: object, line: int) -> tuple[TraceRow, list[str]]:
+    """Build a TraceRow from one decoded record; (row, remarks). Raises TraceError if the row is unusable."""
+    remarks: list[str] = []
+    try:
+        if not isinstance(record, Mapping):
+            raise _Unusable(f"expected a JSON object, got {type(record).__name__}")
+        if record.get("schema") != SCHEMA:
+            remarks.append(f"schema is {str(record.get('schema'))[:40]!r}, not {SCHEMA!r}; read as {SCHEMA}")
+        sampling = record.get("sampling")
+        if not isinstance(sampling, Mapping):
+            raise _Unusable("sampling is missing: without it nothing says what the logprobs should be")
+        logprobs = _numbers(record, "completion_logprobs", remarks)
+        if logprobs is None:
+            raise _Unusable("completion_logprobs is missing")
+        reward = record.get("reward")
+        row = TraceRow(
+            line=line,
+            engine=_engine(record.get("engine"), remarks),
+            sampling=sampling,
+            prompt_token_ids=_ids(record, "prompt_token_ids"),
+            completion_token_ids=_ids(record, "completion_token_ids"),
+            completion_logprobs=logprobs,
+            trainer_logprobs=_numbers(record, "trainer_logprobs", remarks),
+            weight_versions=_versions(record, remarks),
+            replica=_text(record, "replica"),
+            reward=_number(reward) if reward is not None else None,
+            model_digest=_text(record, "model_digest"),
+            finish_reason=_text(record, "finish_reason"),
+        )
+    except _Unusable as reason:
+        raise TraceError(str(reason)) from None
+    if not row.prompt_token_ids:
+        raise TraceError("prompt_token_ids is empty: the first completion token has no context to score")
+    return row, remarks
+
+
+def _decode(raw: bytes) -> object:
+    try:
+        return json.loads(raw)
+    except RecursionError:
+        raise TraceError("JSON is nested too deeply") from None
+    except UnicodeDecodeError as error:
+        raise TraceError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
+    except ValueError as error:
+        raise TraceError(f"not valid JSON ({str(error)[:80]}); a truncated line?") from None
+
+
+def _read_stream(stream: BinaryIO, path: Path) -> Trace:
+    rows: list[TraceRow] = []
+    problems: list[RowProblem] = []
+    line = 0
+    while raw := stream.readline(MAX_LINE_BYTES + 1):
+        line += 1
+        if len(raw) > MAX_LINE_BYTES:
+            problems.append(
+                RowProblem(line=line, message=f"longer than {MAX_LINE_BYTES} bytes; reading stopped", dropped=True)
+            )
+            break
+        if not raw.strip():
+            continue
+        try:
+            row, remarks = parse_row(_decode(raw), line)
+        except TraceError as error:
+            problems.append(RowProblem(line=line, message=str(error), dropped=True))
+            continue
+        problems.extend(RowProblem(line=line, message=remark, dropped=False) for remark in remarks)
+        rows.append(row)
+        if len(rows) == MAX_ROWS:
+            problems.append(RowProblem(line=line, message=f"more than {MAX_ROWS} rows; the rest was not read", dropped=True))
+            break
+    return Trace(path=path, rows=tuple(rows), problems=tuple(problems))
+
+
+def read_trace(path: Path) -> Trace:
+    """Read a trace file. Raises TraceError when the file cannot be opened or holds no usable row."""
+    if not path.is_file():
+        kind = "is a folder" if path.is_dir() else "does not exist" if not path.exists() else "is no regular file"
+        raise TraceError(f"trace {path} {kind}")
+    try:
+        with path.open("rb") as stream:
+            trace = _read_stream(stream, path)
+    except OSError as error:
+        raise TraceError(f"trace {path} cannot be read: {error.strerror}") from None
+    if not trace.rows:
+        first = trace.problems[0] if trace.problems else None
+        why = f"line {first.line}: {first.message}" if first else "the file is empty"
+        raise TraceError(f"trace {path} holds no usable row ({why})")
+    return trace
+
+
+def write_trace(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write records as a trace, adding the schema; floats keep every digit they need to round-trip."""
+    with path.open("w", encoding="utf-8") as stream:
+        for row in rows:
+            stream.write(json.dumps({"schema": SCHEMA, **row}, separators=(",", ":")) + "\n")
