@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trueup.errors import NumericsError
 from trueup.policy.head import Head
-from trueup.policy.processing import Distribution, History, SeenTokens, kept_cut, penalise
+from trueup.policy.processing import Distribution, History, SeenTokens, kept_cut, penalise, ranked
 from trueup.types import LOGPROB_SLACK
 
 ROW_CHUNK_ELEMENTS = 3 * 2**21
@@ -173,9 +173,11 @@ def _rows(
     for first in range(0, total, size):
         targets_C = targets_T[first : first + size]
         logits_CV = head.logits_into(hidden_TD[first : first + size], buffer[: len(targets_C)])
+        plain_CK = None if all(d.penalises for d in dists) else ranked(logits_CV)
         for part, dist in zip(parts, dists, strict=True):
             with _penalised(logits_CV, dist, seen, (first, 0)):
-                reducer = _Reducer(targets_C, dist, head.logits_dtype, kept_cut(logits_CV, dist))
+                ranked_CK = ranked(logits_CV) if dist.penalises or plain_CK is None else plain_CK
+                reducer = _Reducer(targets_C, dist, head.logits_dtype, kept_cut(logits_CV, ranked_CK, dist))
                 for start in range(0, vocab, STREAM_BLOCK):
                     block_CB = logits_CV[:, start : start + STREAM_BLOCK]
                     reducer.update(block_CB, start, scratch[: len(targets_C), : block_CB.shape[1]])

@@ -17,8 +17,9 @@ from torch import Tensor
 from trueup.errors import NumericsError
 from trueup.types import LogprobKind, SamplingParams
 
-NUCLEUS_GUESS = 512
+RANKED = 512
 """Largest logits looked at first for top-p; rows whose nucleus is wider are sorted whole."""
+LSE_BLOCK = 2048
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,14 +140,25 @@ def penalise(logits_N: Tensor, count_N: Tensor, dist: Distribution) -> tuple[Ten
     return logits_N * slope_N - shift_N, slope_N
 
 
-def _nucleus_cut(logits_CV: Tensor, floor_C: Tensor, dist: Distribution) -> Tensor:
+def ranked(logits_CV: Tensor) -> Tensor:
+    """The largest logits of each row, descending [C, RANKED]: enough for most kept sets, and shared between them."""
+    return logits_CV.topk(min(RANKED, logits_CV.shape[1]), dim=1).values
+
+
+def _tempered_lse(logits_CV: Tensor, floor_C: Tensor, inverse_temperature: float) -> Tensor:
+    """logsumexp of logits / T over logits >= floor, in cache-sized blocks."""
+    top_C = logits_CV.amax(1, keepdim=True)
+    total_C = torch.zeros_like(floor_C)
+    for block_CB in logits_CV.split(LSE_BLOCK, dim=1):
+        weight_CB = (block_CB - top_C).mul_(inverse_temperature).exp_()
+        total_C += weight_CB.mul_(block_CB >= floor_C[:, None]).sum(1)
+    return top_C[:, 0] * inverse_temperature + total_C.log()
+
+
+def _nucleus_cut(logits_CV: Tensor, ranked_CK: Tensor, floor_C: Tensor, dist: Distribution) -> Tensor:
     """Smallest logit inside the nucleus of the distribution restricted to logits >= floor."""
     inverse_temperature = 1 / dist.temperature
-    restricted = bool(dist.top_k or dist.min_p)
-    tempered_CV = logits_CV * inverse_temperature
-    if restricted:
-        tempered_CV.masked_fill_(logits_CV < floor_C[:, None], -math.inf)
-    lse_C = tempered_CV.logsumexp(1)
+    lse_C = _tempered_lse(logits_CV, floor_C, inverse_temperature)
 
     def cut(values_CK: Tensor, floor_C: Tensor, lse_C: Tensor) -> tuple[Tensor, Tensor]:
         probability_CK = (values_CK.double() * inverse_temperature - lse_C.double()[:, None]).exp()
@@ -157,30 +169,31 @@ def _nucleus_cut(logits_CV: Tensor, floor_C: Tensor, dist: Distribution) -> Tens
         complete_C = (mass_CK[:, -1] >= dist.top_p) | (values_CK[:, -1] < floor_C)
         return values_CK.gather(1, last_C[:, None])[:, 0], complete_C
 
-    guess = min(NUCLEUS_GUESS, logits_CV.shape[1])
-    cut_C, complete_C = cut(logits_CV.topk(guess, dim=1).values, floor_C, lse_C)
+    cut_C, complete_C = cut(ranked_CK, floor_C, lse_C)
     wide = (~complete_C).nonzero()[:, 0]
-    if len(wide) and guess < logits_CV.shape[1]:
+    if len(wide) and ranked_CK.shape[1] < logits_CV.shape[1]:
         values = logits_CV[wide].sort(dim=1, descending=True).values
         cut_C[wide] = cut(values, floor_C[wide], lse_C[wide])[0]
     return cut_C
 
 
-def kept_cut(logits_CV: Tensor, dist: Distribution) -> Tensor:
+def kept_cut(logits_CV: Tensor, ranked_CK: Tensor, dist: Distribution) -> Tensor:
     """Return `cut_C`: the smallest kept logit of each row, in units of the logits given (before the temperature).
 
-    `logits_CV` are penalised, not yet divided by the temperature. Follows vLLM: top-k keeps ties with the k-th;
-    top-p keeps a token while the mass ranked above it is below p, so at least one; min-p keeps p_i >= min_p p_max.
+    `logits_CV` are penalised, not yet divided by the temperature; `ranked_CK` is `ranked` of them. Follows vLLM: top-k
+    keeps ties with the k-th; top-p keeps a token while the mass ranked above it is below p, so at least one; min-p
+    keeps p_i >= min_p p_max.
     """
-    max_C = logits_CV.amax(1)
+    max_C = ranked_CK[:, 0]
     cut_C = torch.full_like(max_C, -math.inf)
     min_p_cut_C = max_C + dist.temperature * math.log(dist.min_p) if dist.min_p else cut_C
     if dist.min_p_first:
         cut_C = torch.maximum(cut_C, min_p_cut_C)
     if 0 < dist.top_k < logits_CV.shape[1]:
-        cut_C = torch.maximum(cut_C, logits_CV.topk(dist.top_k, dim=1).values[:, -1])
+        pool = ranked_CK if dist.top_k <= ranked_CK.shape[1] else logits_CV.topk(dist.top_k, dim=1).values
+        cut_C = torch.maximum(cut_C, pool[:, dist.top_k - 1])
     if dist.top_p < 1:
-        cut_C = torch.maximum(cut_C, _nucleus_cut(logits_CV, cut_C, dist))
+        cut_C = torch.maximum(cut_C, _nucleus_cut(logits_CV, ranked_CK, cut_C, dist))
     if not dist.min_p_first:
         cut_C = torch.maximum(cut_C, min_p_cut_C)
     return cut_C

@@ -1,0 +1,177 @@
+"""Every knob of trueup, once: default, type, range and meaning. TOML files and `--set a.b=v` fill it in.
+
+Frozen; unknown keys fail with the nearest known name; nothing is read from the environment. Loads no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from trueup.errors import ConfigError, nearest
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class LimitsConfig(_Section):
+    """How far beyond the predicted noise floor is too far."""
+
+    rms_factor: float = Field(1.25, gt=0, description="rms of r may reach this many times the predicted rms")
+    bias_factor: float = Field(0.25, gt=0, description="systematic offset as a share of the predicted rms")
+    bias_sigmas: float = Field(4.0, gt=0, description="and at least this many standard errors from zero")
+    tail_factor: float = Field(3.0, gt=0, description="a token is in the tail beyond this many predicted 99 % quantiles")
+    tail_share: float = Field(0.005, ge=0, le=1, description="share of tokens allowed in the tail")
+    edge_share: float = Field(0.05, ge=0, le=1, description="share of tokens allowed outside the trainer's kept set")
+    min_tokens: int = Field(64, ge=1, description="fewer comparable tokens than this are not judged")
+    min_floor: float = Field(2e-5, gt=0, description="smallest rms floor ever claimed, nats")
+    min_bias: float = Field(2e-5, gt=0, description="smallest systematic offset ever called a bias, nats")
+
+
+class CheckConfig(_Section):
+    """`trueup check`: what is compared with what."""
+
+    trace: Path | None = Field(None, description="recorded trace (trueup.trace/1, JSONL)")
+    model: Path | None = Field(None, description="the trainer's checkpoint: a local Hugging Face folder")
+    trainer: Literal["processed", "tempered", "raw", "trl", "verl"] = Field(
+        "processed", description="what your trainer computes; TRL and verl are tempered (divide by T, ignore the rest)"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="dtype of the trainer's body; auto follows the engine's declared dtype"
+    )
+    head: Literal["float32", "bfloat16"] = Field("float32", description="dtype the trainer multiplies its head in")
+    device: str = Field("cpu", description="torch device of the trainer's forward pass")
+    batch_rows: int = Field(16, ge=1, description="rows a forward pass")
+    max_rows: int | None = Field(None, ge=1, description="use at most this many rows of each sampling setting")
+    against: str | None = Field(None, description="another trace, or a report.json to compare with")
+    limits: LimitsConfig = LimitsConfig()
+
+
+class SamplingConfig(_Section):
+    """The rollouts' sampling, for the recipe linter; vLLM's names and meanings."""
+
+    temperature: float = Field(1.0, ge=0, description="0 is greedy")
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0 is off")
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+
+
+class EngineConfig(_Section):
+    """The rollout engine as it is launched, for the recipe linter. None: not declared."""
+
+    name: str = "vllm"
+    api: Literal["V0", "V1"] = "V1"
+    version: str = ""
+    logprobs_mode: Literal["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"] | None = None
+    enable_prefix_caching: bool | None = None
+    async_scheduling: bool | None = None
+    clear_cache_on_update: bool | None = Field(None, description="the cache is cleared at each weight update")
+    salt_cache_with_version: bool | None = Field(None, description="requests carry a cache_salt that changes at an update")
+    updates_in_flight: bool = Field(True, description="weights change while the engine keeps running")
+
+
+class Config(_Section):
+    """A whole configuration file."""
+
+    check: CheckConfig = CheckConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    engine: EngineConfig = EngineConfig()
+
+
+def _section_of(annotation: object) -> type[BaseModel] | None:
+    if get_origin(annotation) in (Union, UnionType):
+        return next((s for a in get_args(annotation) if (s := _section_of(a))), None)
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Return every key in dotted form, in order of declaration."""
+    keys = []
+    for name, info in model.model_fields.items():
+        section = _section_of(info.annotation)
+        keys += known_keys(section, f"{prefix}{name}.") if section else [f"{prefix}{name}"]
+    return keys
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{name}.") or {f"{prefix}{name}": value}
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _refuse_unknown(flat: Mapping[str, Any], where: str) -> None:
+    known = known_keys()
+    sections = {k.rsplit(".", 1)[0] for k in known}
+    for key in flat:
+        if key not in known and not (key in sections and flat[key] == {}):
+            last = {k.rsplit(".", 1)[-1]: k for k in known}
+            hint = nearest(key, known) or nearest(key.rsplit(".", 1)[-1], last)
+            raise ConfigError(f"{where}: unknown key {key!r}{hint}")
+
+
+def _parse_value(text: str) -> Any:
+    """Read a `--set` value as TOML would (numbers, booleans, quoted strings, arrays); anything else is a string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _assign(values: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    for part in path:
+        values = values.setdefault(part, {})
+    values[last] = value
+
+
+def build_config(values: Mapping[str, Any], *, sets: Sequence[str] = (), where: str = "config") -> Config:
+    """Validate nested values plus `a.b=v` assignments. Raises ConfigError naming the key and what is wrong."""
+    merged: dict[str, Any] = {}
+    for key, value in _flatten(values).items():
+        _refuse_unknown({key: value}, where)
+        if value != {}:
+            _assign(merged, key, value)
+    for item in sets:
+        key, sign, text = item.partition("=")
+        if not sign:
+            raise ConfigError(f"--set {item!r}: expected name=value")
+        _refuse_unknown({key.strip(): text}, "--set")
+        _assign(merged, key.strip(), _parse_value(text.strip()))
+    try:
+        return Config.model_validate(merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{where}: {key}: {first['msg']} (got {str(first.get('input'))[:60]!r})") from None
+
+
+def load_config(path: Path | None, *, sets: Sequence[str] = ()) -> Config:
+    """Read a TOML file (None: defaults only) and apply `--set`s. Raises ConfigError."""
+    if path is None:
+        return build_config({}, sets=sets)
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    return build_config(values, sets=sets, where=str(path))
+
+
+def dump_config(config: Config) -> str:
+    """Return the resolved configuration as JSON, which keeps what is unset (null)."""
+    return json.dumps(config.model_dump(mode="json"), indent=2)

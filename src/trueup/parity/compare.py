@@ -1,0 +1,77 @@
+"""Comparing a prediction with what the engine reported, and two predictions with each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trueup.parity.evidence import EngineModel, Evidence, render
+from trueup.parity.floor import BOOTSTRAPS, cluster_bootstrap, sum_per_row
+
+INFEASIBLE_NATS = 3.0
+"""Charged for a token that a prediction rules out, beyond the share that edges of the kept set account for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Residual:
+    """What a prediction leaves: residual_T = prediction - engine in nats over all tokens of the evidence.
+
+    `usable_T` marks tokens where both are finite. `edge_T` marks tokens outside the prediction's kept set.
+    """
+
+    residual_T: Tensor
+    usable_T: Tensor
+    edge_T: Tensor
+    row_T: Tensor
+
+    @property
+    def edge_share(self) -> float:
+        """Share of tokens the prediction rules out."""
+        judged = int(self.usable_T.sum()) + int(self.edge_T.sum())
+        return int(self.edge_T.sum()) / judged if judged else 1.0
+
+    def charged_T(self, edge_allowance: float) -> Tensor:
+        """|residual| with the charge for ruled-out tokens, on tokens that are usable or ruled out (others NaN)."""
+        values = self.residual_T.abs()
+        charge = 0.0 if self.edge_share <= edge_allowance else INFEASIBLE_NATS
+        values = torch.where(self.edge_T, charge, values)
+        return values.masked_fill(~(self.usable_T | self.edge_T), torch.nan)
+
+
+def residual(evidence: Evidence, model: EngineModel) -> Residual:
+    """Render a model and subtract what the engine reported."""
+    predicted_T, engine_T = render(evidence, model), evidence.tokens.engine_T
+    finite_T = torch.isfinite(engine_T)
+    return Residual(
+        residual_T=predicted_T - engine_T,
+        usable_T=finite_T & torch.isfinite(predicted_T),
+        edge_T=finite_T & torch.isneginf(predicted_T),
+        row_T=evidence.tokens.row_T,
+    )
+
+
+def loss(res: Residual, edge_allowance: float) -> float:
+    """Mean charged |residual| in nats; infinite when nothing could be compared."""
+    values = res.charged_T(edge_allowance)
+    values = values[~torch.isnan(values)]
+    return float(values.mean()) if len(values) else float("inf")
+
+
+def clearly_better(better: Residual, worse: Residual, edge_allowance: float) -> bool:
+    """Whether `better` has the smaller mean |residual| in 99 % of paired bootstraps over sequences."""
+    low, high = better.charged_T(edge_allowance), worse.charged_T(edge_allowance)
+    both = ~(torch.isnan(low) | torch.isnan(high))
+    if not bool(both.any()):
+        return False
+    means = cluster_bootstrap(sum_per_row(high[both] - low[both], better.row_T[both]))
+    return float(means[int(0.01 * BOOTSTRAPS)]) > 0
+
+
+def separation(first: Residual, second: Residual) -> float:
+    """Rms difference between two predictions in nats, over tokens both can compare; 0 if none."""
+    both = first.usable_T & second.usable_T
+    if not bool(both.any()):
+        return 0.0
+    return float((first.residual_T[both] - second.residual_T[both]).square().mean().sqrt())

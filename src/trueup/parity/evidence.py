@@ -1,0 +1,169 @@
+"""What a check looks at: one sampling setting's tokens, and what the trainer's logits say of them.
+
+Shapes: T completion tokens of all usable rows of a setting, in row order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from trueup.policy.logprobs import TokenScores
+from trueup.policy.processing import Distribution
+from trueup.trace import EngineInfo, TraceRow
+from trueup.types import LogprobKind, SamplingParams
+
+TRAINER, REFERENCE, ENGINE = "trainer", "reference", "engine"
+"""Sources of logits: the trainer's own precision; the next higher one; the precision the engine declares."""
+
+
+def simulation(name: str) -> str:
+    """Return the source name of a simulated arithmetic."""
+    return f"simulation:{name}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is known of a setting before looking at numbers."""
+
+    engine: EngineInfo
+    sampling: SamplingParams
+    trainer: LogprobKind
+    unmodelled: tuple[str, ...] = ()
+    declared_digest: str | None = None
+    trainer_digest: str | None = None
+    other_temperatures: tuple[float, ...] = ()
+
+    @property
+    def min_p_first(self) -> bool:
+        """V0 engines apply min-p after top-k and top-p, V1 before."""
+        return self.engine.api != "V0"
+
+    @property
+    def processed(self) -> Distribution:
+        """The distribution the tokens were drawn from; at temperature 0, where that is a point, the one before argmax."""
+        if self.sampling.temperature == 0:
+            untruncated = replace(self.sampling, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0)
+            return Distribution.of(LogprobKind.PROCESSED, untruncated)
+        return Distribution.of(LogprobKind.PROCESSED, self.sampling, min_p_first=self.min_p_first)
+
+    @property
+    def trainer_distribution(self) -> Distribution:
+        """The distribution whose logprob the user's trainer computes."""
+        if self.trainer == LogprobKind.PROCESSED:
+            return self.processed
+        if self.trainer == LogprobKind.TEMPERED:
+            return Distribution(temperature=self.processed.temperature)
+        return Distribution()
+
+    def label(self) -> str:
+        """Return e.g. "temperature=0.7 top_p=0.9"."""
+        return self.sampling.label()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineModel:
+    """A complete guess of how the engine's numbers came about; a hypothesis is one edit of it.
+
+    `dist`: which distribution; `source`: whose logits; `entry`: the sampled token's logprob or the most likely
+    token's; `shift`: the number at position t describes token t + shift; `grid`: rounding in transport ("bf16",
+    "fp16" or decimals such as "3 decimals"); `constant`: placeholder that stands where a number is missing.
+    """
+
+    dist: Distribution
+    source: str = TRAINER
+    entry: str = "sampled"
+    shift: int = 0
+    grid: str | None = None
+    constant: float | None = None
+
+
+Scores = Mapping[tuple[str, Distribution], TokenScores]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """The tokens of one setting: ids, which row each belongs to, position in its completion, the engine's logprob."""
+
+    targets_T: Tensor
+    row_T: Tensor
+    position_T: Tensor
+    engine_T: Tensor
+    prompts: tuple[Tensor, ...]
+    lines: tuple[int, ...]
+
+    @classmethod
+    def of(cls, rows: Sequence[TraceRow]) -> Tokens:
+        """Pack well-formed rows (equal lengths, finite or not)."""
+        counts = [len(r.completion_token_ids) for r in rows]
+        return cls(
+            targets_T=torch.tensor([i for r in rows for i in r.completion_token_ids], dtype=torch.long),
+            row_T=torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts, dtype=torch.long)),
+            position_T=torch.cat([torch.arange(c) for c in counts]),
+            engine_T=torch.tensor([v for r in rows for v in r.completion_logprobs], dtype=torch.float64),
+            prompts=tuple(torch.tensor(r.prompt_token_ids, dtype=torch.long) for r in rows),
+            lines=tuple(r.line for r in rows),
+        )
+
+    def __len__(self) -> int:
+        return len(self.targets_T)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """Tokens of a setting and a way to ask what any source says of them under any distribution.
+
+    `ask(source, dists)` returns TokenScores [T]; answers are remembered, so asking twice costs nothing.
+    """
+
+    case: Case
+    tokens: Tokens
+    ask: Callable[[str, Sequence[Distribution]], list[TokenScores]]
+    _memory: dict[tuple[str, Distribution], TokenScores] = field(default_factory=dict)
+
+    def prefetch(self, source: str, dists: Sequence[Distribution]) -> None:
+        """Fetch several distributions from one pass over the logits."""
+        missing = [d for d in dict.fromkeys(dists) if (source, d) not in self._memory]
+        if missing:
+            for dist, scores in zip(missing, self.ask(source, missing), strict=True):
+                self._memory[source, dist] = scores
+
+    def scores(self, source: str, dist: Distribution) -> TokenScores:
+        """Return what `source` says under `dist`."""
+        self.prefetch(source, [dist])
+        return self._memory[source, dist]
+
+    def trainer_T(self) -> Tensor:
+        """The trainer's logprobs of its own distribution, float64; -inf outside its kept set."""
+        return self.scores(TRAINER, self.case.trainer_distribution).logprobs_T.double()
+
+
+def snap(values_T: Tensor, grid: str) -> Tensor:
+    """Round float64 values to a transport grid."""
+    if grid == "bf16":
+        return values_T.bfloat16().double()
+    if grid == "fp16":
+        return values_T.half().double()
+    return torch.round(values_T, decimals=int(grid.split()[0]))
+
+
+def render(evidence: Evidence, model: EngineModel) -> Tensor:
+    """Return what an engine built like `model` would have reported, [T] float64.
+
+    NaN where the model says nothing (a shift beyond the end of a row), -inf outside its kept set.
+    """
+    scores = evidence.scores(model.source, model.dist)
+    values_T = (scores.logprobs_T if model.entry == "sampled" else scores.top_logprobs_T).double()
+    if model.shift:
+        rolled_T = torch.roll(values_T, -model.shift)
+        same_row_T = torch.roll(evidence.tokens.row_T, -model.shift) == evidence.tokens.row_T
+        index_T = torch.arange(len(values_T)) + model.shift
+        values_T = rolled_T.masked_fill(~same_row_T | (index_T < 0) | (index_T >= len(values_T)), torch.nan)
+    if model.grid:
+        values_T = snap(values_T, model.grid)
+    if model.constant is not None:
+        values_T = torch.where(evidence.tokens.engine_T == model.constant, model.constant, values_T)
+    return values_T

@@ -1,0 +1,53 @@
+"""One family of causes a file. A hypothesis declares its id, what it predicts and when it cannot be seen.
+
+Adding a hypothesis touches one file: every module of this folder is imported, and its `HYPOTHESES` tuple collected.
+Ids are stable and public: they appear in reports, exit messages and tests.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from trueup.parity.evidence import EngineModel, Evidence
+
+LAYERS = ("semantic", "tokenization", "weights", "inference", "trainer", "objective")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One edit of an engine model; `detail` says in words what this engine did, with the fitted value in it."""
+
+    model: EngineModel
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hypothesis:
+    """A possible cause.
+
+    `variants(evidence, model)` edits an engine model in every way this cause could (empty: it does not apply on top of
+    that model). `unseeable(evidence)` gives the reason this setting cannot show the cause, or None. `simulates` marks
+    causes that need further forward passes and are tried only when nothing cheaper explains the gap.
+    """
+
+    id: str
+    layer: str
+    title: str
+    fix: str
+    variants: Callable[[Evidence, EngineModel], Sequence[Variant]]
+    unseeable: Callable[[Evidence], str | None] = lambda evidence: None
+    simulates: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.layer in LAYERS, self.layer
+
+
+def all_hypotheses() -> tuple[Hypothesis, ...]:
+    """Return every hypothesis of every module in this folder, in order of layer, then id."""
+    found: list[Hypothesis] = []
+    for module in sorted(pkgutil.iter_modules(__path__), key=lambda m: m.name):
+        found.extend(importlib.import_module(f"{__name__}.{module.name}").HYPOTHESES)
+    return tuple(sorted(found, key=lambda h: (LAYERS.index(h.layer), h.id)))

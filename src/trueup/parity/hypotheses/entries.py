@@ -1,0 +1,100 @@
+"""SEM, continued: the right distribution, the wrong entry of it. S8 top-1 entry, S9 placeholder, S10 transport grid."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import torch
+
+from trueup.parity.evidence import ENGINE, EngineModel, Evidence, snap
+from trueup.parity.hypotheses import Hypothesis, Variant
+
+GRIDS = ("1 decimals", "2 decimals", "3 decimals", "4 decimals", "bf16", "fp16")
+PLACEHOLDER_REPEATS = 3
+SENTINEL = -900.0
+"""Nothing a language model samples has a logprob below this; -999 and -9999 are fill values."""
+
+
+def _top_entry(evidence: Evidence, model: EngineModel) -> list[Variant]:
+    detail = "where the sampled token is not the most likely one, the engine's number is the most likely one's"
+    return [Variant(model=replace(model, entry="top"), detail=detail)] if model.entry == "sampled" else []
+
+
+def placeholders(evidence: Evidence) -> dict[float, int]:
+    """Constants that stand for a missing number, with how often each occurs.
+
+    A value counts when it repeats exactly and could not be a logprob there: positive, below any sentinel, or exactly
+    0.0 at a token whose kept set holds more than one token and whose own probability is not 1.
+    """
+    engine_T = evidence.tokens.engine_T
+    scores = evidence.scores(ENGINE, evidence.case.processed)
+    certain_T = (scores.kept_T == 1) | (scores.logprobs_T > -1e-3)
+    impossible_T = (engine_T > 1e-3) | (engine_T < SENTINEL) | ((engine_T == 0.0) & ~certain_T)
+    counts = Counter(engine_T[impossible_T & torch.isfinite(engine_T)].tolist())
+    return {value: count for value, count in counts.items() if count >= PLACEHOLDER_REPEATS}
+
+
+def _placeholder(evidence: Evidence, model: EngineModel) -> list[Variant]:
+    if model.constant is not None:
+        return []
+    total = len(evidence.tokens)
+    return [
+        Variant(
+            model=replace(model, constant=value),
+            detail=f"{count} of {total} tokens carry exactly {value:g}, which their probability rules out",
+        )
+        for value, count in placeholders(evidence).items()
+    ]
+
+
+def grid_of(evidence: Evidence) -> str | None:
+    """Return the coarsest transport grid that every engine value lies on, or None.
+
+    Needs enough distinct values that lying on the grid by chance is out of the question.
+    """
+    values = evidence.tokens.engine_T
+    distinct = torch.unique(values[torch.isfinite(values) & (values.abs() > 1e-3)])
+    if len(distinct) < 20:
+        return None
+    for grid in GRIDS:
+        if bool(((snap(distinct, grid) - distinct).abs() <= 1e-9 * distinct.abs().clamp_min(1.0)).all()):
+            return grid
+    return None
+
+
+def _transport_grid(evidence: Evidence, model: EngineModel) -> list[Variant]:
+    grid = grid_of(evidence)
+    if grid is None or model.grid is not None:
+        return []
+    return [Variant(model=replace(model, grid=grid), detail=f"every engine value lies on a grid of {grid}")]
+
+
+def _grid_unseeable(evidence: Evidence) -> str | None:
+    return None if grid_of(evidence) else "the engine's values lie on no coarse grid"
+
+
+HYPOTHESES = (
+    Hypothesis(
+        id="S8",
+        layer="semantic",
+        title="the most likely token's logprob is read instead of the sampled one's",
+        fix="read the logprob by token id, not the first entry of the returned dictionary",
+        variants=_top_entry,
+    ),
+    Hypothesis(
+        id="S9",
+        layer="semantic",
+        title="missing logprobs are filled with a constant",
+        fix="fail or mask tokens without a logprob; never fill them in",
+        variants=_placeholder,
+    ),
+    Hypothesis(
+        id="S10",
+        layer="semantic",
+        title="logprobs are rounded in transport",
+        fix="carry logprobs as float32 with all digits",
+        variants=_transport_grid,
+        unseeable=_grid_unseeable,
+    ),
+)

@@ -1,0 +1,37 @@
+"""INF: right weights, right distribution, other arithmetic. I1 and its known forms, each imitated by a forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from trueup.parity.evidence import TRAINER, EngineModel, Evidence, simulation
+from trueup.parity.hypotheses import Hypothesis, Variant
+
+KNOWN = {
+    "residual_truncated": "residual stream stored in bf16 by truncation instead of rounding",
+    "kernels_truncated": "bf16 stores truncate instead of rounding (residual stream, norms, activation)",
+    "rotary_bf16": "rotary tables held in bf16",
+    "softmax_bf16": "attention softmax in bf16",
+    "norm_bf16": "norm output rounded twice",
+}
+
+
+def _simulated(evidence: Evidence, model: EngineModel) -> list[Variant]:
+    if model.source != TRAINER:
+        return []
+    return [
+        Variant(model=replace(model, source=simulation(name)), detail=f"the engine computes like a body with {what}")
+        for name, what in KNOWN.items()
+    ]
+
+
+HYPOTHESES = (
+    Hypothesis(
+        id="I1",
+        layer="inference",
+        title="the engine rounds in bf16 where the trainer does not",
+        fix="use a build whose bf16 stores round to nearest (on x86: one compiled for AVX512-BF16), or serve in float32",
+        variants=_simulated,
+        simulates=True,
+    ),
+)

@@ -1,0 +1,131 @@
+"""SEM: the engine's number is a logprob, but of another distribution than the trainer's. S1, S2, S3, S4, S6."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from trueup.parity.evidence import EngineModel, Evidence
+from trueup.parity.hypotheses import Hypothesis, Variant
+from trueup.policy.processing import Distribution
+
+TEMPERATURE_GRID = tuple(round(0.3 + 0.05 * i, 2) for i in range(35))
+"""0.30 to 2.00: temperatures tried when the declared one does not fit."""
+
+
+def _with(model: EngineModel, detail: str, **changes: object) -> list[Variant]:
+    dist = replace(model.dist, **changes)  # type: ignore[arg-type]
+    return [Variant(model=replace(model, dist=dist), detail=detail)] if dist != model.dist else []
+
+
+def _raw(evidence: Evidence, model: EngineModel) -> list[Variant]:
+    if model.dist == Distribution() or evidence.case.trainer_distribution == Distribution():
+        return []
+    detail = "engine fits the trainer's raw logprobs (T'=1, no penalties, full vocabulary)"
+    return [Variant(model=replace(model, dist=Distribution()), detail=detail)]
+
+
+def _raw_unseeable(evidence: Evidence) -> str | None:
+    if evidence.case.trainer_distribution != Distribution():
+        return None
+    if not evidence.case.sampling.transforms:
+        return "at T=1 without truncation or penalties raw and processed logprobs are the same number"
+    return "the trainer compares raw logprobs here, so a raw engine agrees with it"
+
+
+def _temperature_applied(evidence: Evidence, model: EngineModel) -> list[Variant]:
+    declared = evidence.case.processed.temperature
+    if evidence.case.trainer_distribution.temperature != 1 or model.dist.temperature != 1:
+        return []
+    return _with(model, f"engine fits T'={declared:g}; the trainer does not divide by T", temperature=declared)
+
+
+def _temperature_unseeable(evidence: Evidence) -> str | None:
+    if evidence.case.processed.temperature == 1:
+        return "the declared temperature is 1"
+    return None if evidence.case.trainer_distribution.temperature == 1 else "the trainer divides by T itself"
+
+
+def _wrong_temperature(evidence: Evidence, model: EngineModel) -> list[Variant]:
+    declared = evidence.case.processed.temperature
+    if model.dist.temperature not in (declared, evidence.case.trainer_distribution.temperature):
+        return []
+    candidates = {round(declared**2, 6), 1.0, *evidence.case.other_temperatures, *TEMPERATURE_GRID}
+    variants = []
+    for temperature in sorted(candidates - {declared, model.dist.temperature}):
+        if temperature <= 0:
+            continue
+        twice = f" = {declared:g} squared: applied twice" if temperature == round(declared**2, 6) else ""
+        variants += _with(model, f"engine fits T'={temperature:g}{twice}, not the declared {declared:g}", temperature=temperature)
+    return variants
+
+
+def _truncation(evidence: Evidence, model: EngineModel) -> list[Variant]:
+    dist = evidence.case.processed
+    if model.dist.truncates:
+        detail = "engine's logprobs are of the full vocabulary; the trainer renormalises on the kept set"
+        return _with(model, detail, top_p=1.0, top_k=0, min_p=0.0)
+    named = " ".join(f"{n}={getattr(dist, n):g}" for n in ("top_p", "top_k", "min_p") if getattr(dist, n) not in (0, 1))
+    detail = f"engine renormalises on the kept set ({named}), the trainer scores the full vocabulary: r = log S"
+    changes = {n: getattr(dist, n) for n in ("top_p", "top_k", "min_p", "min_p_first")}
+    return _with(model, detail, **changes) if dist.truncates else []
+
+
+def _truncation_unseeable(evidence: Evidence) -> str | None:
+    return None if evidence.case.processed.truncates else "no top-p, top-k or min-p is declared"
+
+
+def _penalties(evidence: Evidence, model: EngineModel) -> list[Variant]:
+    names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+    if model.dist.penalises:
+        plain = Distribution()
+        detail = "engine's logprobs ignore the declared penalties; the trainer applies them"
+        return _with(model, detail, **{n: getattr(plain, n) for n in names})
+    detail = "engine applies the declared penalties, the trainer does not"
+    return _with(model, detail, **{n: getattr(evidence.case.processed, n) for n in names})
+
+
+def _penalties_unseeable(evidence: Evidence) -> str | None:
+    return None if evidence.case.processed.penalises else "no repetition, presence or frequency penalty is declared"
+
+
+HYPOTHESES = (
+    Hypothesis(
+        id="S1",
+        layer="semantic",
+        title="engine returns raw logprobs, trainer needs processed",
+        fix="--logprobs-mode processed_logprobs",
+        variants=_raw,
+        unseeable=_raw_unseeable,
+    ),
+    Hypothesis(
+        id="S2",
+        layer="semantic",
+        title="trainer does not apply the temperature the engine samples with",
+        fix="divide the trainer's logits by the rollout's temperature before log_softmax",
+        variants=_temperature_applied,
+        unseeable=_temperature_unseeable,
+    ),
+    Hypothesis(
+        id="S3",
+        layer="semantic",
+        title="engine's temperature is not the declared one",
+        fix="store the temperature with each rollout and apply it once, on one side only",
+        variants=_wrong_temperature,
+    ),
+    Hypothesis(
+        id="S4",
+        layer="semantic",
+        title="only one side renormalises over the kept set of top-p, top-k or min-p",
+        fix="set top_p=1, top_k=0 and min_p=0 for rollouts, or replay the sampling mask in the trainer",
+        variants=_truncation,
+        unseeable=_truncation_unseeable,
+    ),
+    Hypothesis(
+        id="S6",
+        layer="semantic",
+        title="penalties are in the logprobs of one side only",
+        fix="turn repetition, presence and frequency penalties off for rollouts, or replay them in the trainer",
+        variants=_penalties,
+        unseeable=_penalties_unseeable,
+    ),
+)

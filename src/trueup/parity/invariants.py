@@ -1,0 +1,75 @@
+"""What must hold in a log before any logprob is compared: lengths, ids, finite numbers. Needs no model.
+
+A broken invariant is a cause with a name: T2 (length), I11 (non-finite); rows that break one are counted and left out
+of the numbers that follow, never repaired.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trueup.trace import TraceRow
+from trueup.types import LOGPROB_SLACK
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broken:
+    """One broken invariant over a set of rows."""
+
+    id: str
+    layer: str
+    title: str
+    fix: str
+    detail: str
+    rows: int
+
+
+def well_formed(row: TraceRow) -> bool:
+    """Whether entry t of the logprobs can describe completion token t at all."""
+    return len(row.completion_logprobs) == len(row.completion_token_ids) > 0
+
+
+def _lengths(rows: Sequence[TraceRow]) -> Broken | None:
+    wrong = [r for r in rows if len(r.completion_logprobs) != len(r.completion_token_ids)]
+    if not wrong:
+        return None
+    first = wrong[0]
+    differences = sorted({len(r.completion_logprobs) - len(r.completion_token_ids) for r in wrong})
+    return Broken(
+        id="T2",
+        layer="tokenization",
+        title="number of logprobs differs from number of tokens",
+        fix="take ids and logprobs from the same response (return_token_ids), one entry a token",
+        detail=f"{len(wrong)} of {len(rows)} rows, difference {', '.join(f'{d:+d}' for d in differences[:5])}; "
+        f"line {first.line}: {len(first.completion_logprobs)} logprobs, {len(first.completion_token_ids)} tokens",
+        rows=len(wrong),
+    )
+
+
+def _non_finite(rows: Sequence[TraceRow]) -> Broken | None:
+    wrong = [(r, i) for r in rows for i, v in enumerate(r.completion_logprobs) if not math.isfinite(v)]
+    if not wrong:
+        return None
+    row, position = wrong[0]
+    tokens = sum(len(r.completion_logprobs) for r in rows)
+    return Broken(
+        id="I11",
+        layer="inference",
+        title="engine reports logprobs that are not finite",
+        fix="find the NaN or infinity in the engine (weights after an update, overflow in fp16); do not fill it in",
+        detail=f"{len(wrong)} of {tokens} tokens; first at line {row.line}, token {position}: "
+        f"{row.completion_logprobs[position]}",
+        rows=len({r.line for r, _ in wrong}),
+    )
+
+
+def broken_invariants(rows: Sequence[TraceRow]) -> list[Broken]:
+    """Return every broken invariant of a setting's rows."""
+    return [b for b in (_lengths(rows), _non_finite(rows)) if b]
+
+
+def positive_logprobs(rows: Sequence[TraceRow]) -> int:
+    """Tokens whose logprob exceeds 0 by more than float32 rounding: no probability is above 1."""
+    return sum(v > LOGPROB_SLACK for r in rows for v in r.completion_logprobs)

@@ -1,0 +1,144 @@
+"""The result of a check as data: `trueup.parity/1`. Rendering is in terminal.py; nothing is computed here."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trueup.errors import TrueupError
+
+SCHEMA = "trueup.parity/1"
+EXIT_CODES = {"agree": 0, "mismatch": 1, "inconclusive": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cause:
+    """A named cause. `explained` is the share of mean |r| it takes away on held-back tokens (None: not measured so)."""
+
+    id: str
+    layer: str
+    title: str
+    confidence: str
+    explained: float | None
+    fix: str
+    evidence: str
+    settings: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the JSON form."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__} | {"settings": list(self.settings)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingReport:
+    """One sampling setting: verdict, gap now, predicted gap with the causes fixed, floor."""
+
+    label: str
+    verdict: str
+    why: str
+    rows: int
+    tokens: int
+    edge_tokens: tuple[dict[str, int], ...]
+    singleton_tokens: int
+    gap: dict[str, object]
+    fixed: dict[str, object] | None
+    noise_floor: dict[str, object]
+    judgement: dict[str, object]
+    causes: tuple[Cause, ...]
+    unexplained: dict[str, object] | None
+    ambiguous: tuple[tuple[str, ...], ...]
+    ruled_out: tuple[str, ...]
+    untested: dict[str, str]
+    kept_mass: float | None
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the JSON form."""
+        record = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        record["sampling"] = record.pop("label")
+        record["causes"] = [c.as_dict() for c in self.causes]
+        record["untested"] = [{"id": i, "why": w} for i, w in self.untested.items()]
+        return record
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityReport:
+    """The whole check. `header` holds what was compared; `notes` what a reader should know besides."""
+
+    header: dict[str, object]
+    settings: tuple[SettingReport, ...]
+    causes: tuple[Cause, ...]
+    notes: tuple[str, ...]
+    problems: tuple[str, ...]
+    untested: dict[str, str]
+    ruled_out: tuple[str, ...]
+    seconds: float
+    against: dict[str, object] | None = None
+    recipe: tuple[dict[str, str], ...] = field(default_factory=tuple)
+
+    @property
+    def verdict(self) -> str:
+        """mismatch if any setting (or the comparison asked for) is one, else inconclusive if any is, else agree."""
+        verdicts = {s.verdict for s in self.settings}
+        if self.against is not None:
+            verdicts.add(str(self.against["verdict"]))
+        if "mismatch" in verdicts or self.causes:
+            return "mismatch"
+        return "inconclusive" if "inconclusive" in verdicts or not verdicts else "agree"
+
+    @property
+    def exit_code(self) -> int:
+        """0 agree, 1 mismatch, 2 could not be tested."""
+        return EXIT_CODES[self.verdict]
+
+    @property
+    def worst(self) -> SettingReport | None:
+        """The setting with the largest gap in units of its floor."""
+
+        def excess(setting: SettingReport) -> float:
+            gap, floor = setting.gap.get("rms"), setting.noise_floor.get("rms")
+            return gap / floor if isinstance(gap, float) and isinstance(floor, float) and floor > 0 else 0.0
+
+        return max(self.settings, key=excess, default=None)
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the JSON form."""
+        worst = self.worst
+        return {
+            "schema": SCHEMA,
+            "verdict": self.verdict,
+            "causes": [c.as_dict() for c in self.causes],
+            "settings": [s.as_dict() for s in self.settings],
+            "gap": worst.gap if worst else {},
+            "noise_floor": worst.noise_floor if worst else {},
+            "unexplained": worst.unexplained if worst else None,
+            "ambiguous": sorted({a for s in self.settings for a in s.ambiguous}),
+            "ruled_out": list(self.ruled_out),
+            "untested": [{"id": i, "why": w} for i, w in self.untested.items()],
+            "header": self.header,
+            "notes": list(self.notes),
+            "problems": list(self.problems),
+            "recipe": list(self.recipe),
+            "against": self.against,
+            "seconds": round(self.seconds, 1),
+        }
+
+
+def _plain(value: object) -> object:
+    """JSON has no NaN or infinity: those become null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+def write_json(report: ParityReport, path: Path) -> None:
+    """Write the report. Raises TrueupError when the file cannot be written."""
+    try:
+        path.write_text(json.dumps(_plain(report.as_dict()), indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise TrueupError(f"cannot write {path}: {error.strerror}") from None
