@@ -18,19 +18,23 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TOKENS, VOCAB, WIDTH = 2048, 49152, 576
 LOGITS_BYTES = TOKENS * VOCAB * 4
 SIDES = ("chunked", "plain")
 
 
-def plain(hidden, weight, targets):
+def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """What one writes first: full fp32 logits, log_softmax, gather."""
     logits = hidden.float() @ weight.float().T
     return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
-def chunked(hidden, weight, targets):
+def chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """trueup's path."""
     from trueup.policy.head import Head
     from trueup.policy.logprobs import token_scores

@@ -22,17 +22,21 @@ class _Section(BaseModel):
 
 
 class LimitsConfig(_Section):
-    """How far beyond the predicted noise floor is too far."""
+    """How far beyond the predicted noise floor is too far (clean engines: 0.7 to 0.95 times the predicted rms)."""
 
     rms_factor: float = Field(1.25, gt=0, description="rms of r may reach this many times the predicted rms")
     bias_factor: float = Field(0.25, gt=0, description="systematic offset as a share of the predicted rms")
     bias_sigmas: float = Field(4.0, gt=0, description="and at least this many standard errors from zero")
-    tail_factor: float = Field(3.0, gt=0, description="a token is in the tail beyond this many predicted 99 % quantiles")
+    tail_factor: float = Field(
+        3.0, gt=0, description="a token is in the tail beyond this many predicted 99 % quantiles"
+    )
     tail_share: float = Field(0.005, ge=0, le=1, description="share of tokens allowed in the tail")
     edge_share: float = Field(0.05, ge=0, le=1, description="share of tokens allowed outside the trainer's kept set")
     min_tokens: int = Field(64, ge=1, description="fewer comparable tokens than this are not judged")
     min_floor: float = Field(2e-5, gt=0, description="smallest rms floor ever claimed, nats")
-    min_bias: float = Field(2e-5, gt=0, description="smallest systematic offset ever called a bias, nats")
+    min_bias: float = Field(
+        2e-5, gt=0, description="smallest offset called a bias, nats (a plain fp32 log_softmax is itself off by 8e-6)"
+    )
 
 
 class CheckConfig(_Section):
@@ -76,7 +80,9 @@ class EngineConfig(_Section):
     enable_prefix_caching: bool | None = None
     async_scheduling: bool | None = None
     clear_cache_on_update: bool | None = Field(None, description="the cache is cleared at each weight update")
-    salt_cache_with_version: bool | None = Field(None, description="requests carry a cache_salt that changes at an update")
+    salt_cache_with_version: bool | None = Field(
+        None, description="requests carry a cache_salt that changes at an update"
+    )
     updates_in_flight: bool = Field(True, description="weights change while the engine keeps running")
 
 

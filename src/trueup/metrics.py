@@ -140,9 +140,7 @@ class Ess:
 
     def merge(self, other: Ess) -> Ess:
         """Add counts and sums."""
-        return Ess(
-            self.count + other.count, self.weight + other.weight, self.weight_squared + other.weight_squared
-        )
+        return Ess(self.count + other.count, self.weight + other.weight, self.weight_squared + other.weight_squared)
 
     def value(self) -> float:
         """Return the fraction; NaN if empty, 0 if every weight is 0."""

@@ -211,7 +211,9 @@ def _read_stream(stream: BinaryIO, path: Path) -> Trace:
         problems.extend(RowProblem(line=line, message=remark, dropped=False) for remark in remarks)
         rows.append(row)
         if len(rows) == MAX_ROWS:
-            problems.append(RowProblem(line=line, message=f"more than {MAX_ROWS} rows; the rest was not read", dropped=True))
+            problems.append(
+                RowProblem(line=line, message=f"more than {MAX_ROWS} rows; the rest was not read", dropped=True)
+            )
             break
     return Trace(path=path, rows=tuple(rows), problems=tuple(problems))
 

@@ -166,7 +166,9 @@ def test_gradients_against_float64_finite_differences(dist, extra, monkeypatch):
         scores = token_scores(h, head, targets, dist=dist, history=history)
         inside = torch.isfinite(scores.logprobs_T)
         chosen = torch.where(inside, scores.logprobs_T, 0.0)
-        return (chosen * torch.where(inside, upstream, 0.0).to(dtype)).sum() + (scores.entropy_T * upstream_entropy).sum()
+        return (chosen * torch.where(inside, upstream, 0.0).to(dtype)).sum() + (
+            scores.entropy_T * upstream_entropy
+        ).sum()
 
     parts32 = [p.clone().requires_grad_() for p in (hidden, weight, bias)]
     objective(parts32, torch.float32).backward()

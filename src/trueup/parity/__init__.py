@@ -1,4 +1,4 @@
 """Parity: does the engine report what the trainer computes, and if not, why not.
 
-Probe -> Evidence -> Hypothesis -> Attribution -> ParityReport. Everything but scorer.py, run.py and terminal.py is pure.
+Probe -> Evidence -> Hypothesis -> Attribution -> ParityReport. All but scorer.py, run.py and terminal.py is pure.
 """

@@ -9,14 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
+from trueup.config import LimitsConfig
 from trueup.parity.compare import Residual, clearly_better, loss, residual, separation
 from trueup.parity.evidence import EngineModel, Evidence
-from trueup.parity.floor import Floor, Judgement, Limits, judge
+from trueup.parity.floor import Floor, Judgement, judge
 from trueup.parity.hypotheses import Hypothesis
 
 BEAM = 3
 PARTIAL_SHARE = 0.5
 """A cause that leaves more than the floor is named only if it explains at least this share on held-back tokens."""
+COMPLETE_SHARE = 0.25
+"""A cause that brings the gap to the floor must still take away this share (a small bias hides in a wide floor)."""
+TRACKING_CORRELATION = 0.95
+"""Correlation of predicted and reported logprobs below which an incomplete explanation explains nothing."""
+NUMERIC_FACTOR = 30.0
+"""Beyond this many floors a gap is not rounding, and no arithmetic is simulated for it."""
 EDGE_ALLOWANCE = 0.02
 
 
@@ -48,9 +57,16 @@ class Attribution:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Edit:
+    hypothesis: Hypothesis
+    detail: str
+    after: EngineModel
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Candidate:
     model: EngineModel
-    path: tuple[tuple[Hypothesis, str], ...]
+    path: tuple[_Edit, ...]
     fit_loss: float
 
 
@@ -62,7 +78,7 @@ class Attributor:
 
     def __init__(
         self, *, fit: Evidence, held: Evidence, hypotheses: Sequence[Hypothesis],
-        floor_of: Callable[[EngineModel], Floor], limits: Limits,
+        floor_of: Callable[[EngineModel], Floor], limits: LimitsConfig,
     ) -> None:  # fmt: skip
         self.fit, self.held, self.floor_of, self.limits = fit, held, floor_of, limits
         self.unseeable = {h.id: why for h in hypotheses if (why := h.unseeable(fit))}
@@ -85,7 +101,9 @@ class Attributor:
     def held_judgement(self, model: EngineModel) -> Judgement:
         """Judge the held-back residual of a model; ruled-out tokens beyond the allowance are a reason of their own."""
         res = self.held_residual(model)
-        verdict = judge(res.residual_T.masked_fill(~res.usable_T, float("nan")), res.row_T, self.floor_of(model), self.limits)
+        verdict = judge(
+            res.residual_T.masked_fill(~res.usable_T, float("nan")), res.row_T, self.floor_of(model), self.limits
+        )
         if res.edge_share > self.limits.edge_share:
             reason = f"{res.edge_share:.1%} of tokens lie outside the kept set this predicts"
             verdict = replace(verdict, reasons=(*verdict.reasons, reason))
@@ -93,7 +111,7 @@ class Attributor:
 
     def _expand(self, start: _Candidate, hypotheses: Sequence[Hypothesis]) -> list[_Candidate]:
         """Best variant of each hypothesis on top of `start`, judged on the fitting half, best first."""
-        used = {h.id for h, _ in start.path}
+        used = {e.hypothesis.id for e in start.path}
         offers = {h: h.variants(self.fit, start.model) for h in hypotheses if h.id not in used}
         for source in {v.model.source for vs in offers.values() for v in vs}:
             dists = [v.model.dist for vs in offers.values() for v in vs if v.model.source == source]
@@ -106,7 +124,7 @@ class Attributor:
                 if variant.model not in seen:
                     seen.add(variant.model)
                     value = loss(residual(self.fit, variant.model), EDGE_ALLOWANCE)
-                    path = (*start.path, (hypothesis, variant.detail))
+                    path = (*start.path, _Edit(hypothesis=hypothesis, detail=variant.detail, after=variant.model))
                     ranked.append(_Candidate(model=variant.model, path=path, fit_loss=value))
             if ranked:
                 found.append(min(ranked, key=lambda c: c.fit_loss))
@@ -114,45 +132,67 @@ class Attributor:
 
     def run(self, *, mismatch: bool) -> Attribution:
         """Search; with `mismatch` false only say what is ruled out."""
-        start = _Candidate(model=self.base, path=(), fit_loss=loss(residual(self.fit, self.base), EDGE_ALLOWANCE))
-        singles = self._expand(start, self.cheap)
+        self.start = _Candidate(model=self.base, path=(), fit_loss=loss(residual(self.fit, self.base), EDGE_ALLOWANCE))
+        singles = self._expand(self.start, self.cheap)
         if not mismatch:
-            return self._conclude(start, singles)
-        improving = [c for c in singles if c.fit_loss < 0.95 * start.fit_loss][:BEAM]
-        best = self._choose(improving)
+            return self._conclude(self.start, singles)
+        improving = [c for c in singles if c.fit_loss < 0.95 * self.start.fit_loss][:BEAM]
+        best = self._choose(improving, complete=True)
         if best is None:
-            pairs = [p for c in improving for p in self._expand(c, self.cheap) if p.fit_loss < 0.9 * c.fit_loss]
-            best = self._choose(sorted(pairs, key=lambda c: c.fit_loss)[:BEAM])
+            pairs = sorted((p for c in improving for p in self._expand(c, self.cheap)), key=lambda c: c.fit_loss)[:BEAM]
+            best = self._choose(pairs, complete=True)
         if best is None:
-            best = self._partial(start, improving)
+            grounds = [g for g in (self.start, *improving) if self._numeric(g)]
+            simulated = [c for g in grounds for c in self._expand(g, self.simulated)]
+            pool = [*improving, *pairs, *simulated]
+            best = self._choose(pool, complete=True) or self._choose(pool, complete=False) or self.start
         return self._conclude(best, singles)
 
-    def _choose(self, candidates: Sequence[_Candidate]) -> _Candidate | None:
-        """Best candidate whose held-back residual is at the floor."""
-        consistent = [c for c in candidates if self.held_judgement(c.model).within and self._explains(c)]
-        return min(consistent, key=lambda c: self.held_loss(c.model), default=None)
+    def _numeric(self, candidate: _Candidate) -> bool:
+        """Whether what a candidate leaves is small enough for rounding to be worth simulating."""
+        return self.held_judgement(candidate.model).rms < NUMERIC_FACTOR * self.floor_of(candidate.model).rms
 
-    def _explains(self, candidate: _Candidate) -> bool:
-        return self.held_loss(candidate.model) < (1 - PARTIAL_SHARE / 2) * self.held_loss(self.base)
+    def _choose(self, candidates: Sequence[_Candidate], *, complete: bool) -> _Candidate | None:
+        """Best candidate that explains enough of the gap, each of whose edits is needed.
 
-    def _partial(self, start: _Candidate, improving: Sequence[_Candidate]) -> _Candidate:
-        """Best incomplete explanation, then further forward passes on top of it."""
-        enough = [c for c in improving if self._share(start.model, c.model) >= PARTIAL_SHARE]
-        best = min(enough, key=lambda c: self.held_loss(c.model), default=start)
-        if self.held_judgement(best.model).rms > 30 * self.floor_of(best.model).rms:
-            return best
-        simulated = [c for c in self._expand(best, self.simulated) if self._share(best.model, c.model) >= PARTIAL_SHARE]
-        return min(simulated, key=lambda c: self.held_loss(c.model), default=best)
+        With `complete` its held-back residual must be at the floor; without, it must explain PARTIAL_SHARE.
+        """
+        before = self.held_loss(self.base)
+        share = COMPLETE_SHARE if complete else PARTIAL_SHARE
+        kept = [
+            c
+            for c in candidates
+            if self.held_loss(c.model) < (1 - share) * before
+            and (self.held_judgement(c.model).within if complete else self._tracks(c))
+            and self._needed(c)
+        ]
+        return min(kept, key=lambda c: self.held_loss(c.model), default=None)
 
-    def _share(self, before: EngineModel, after: EngineModel) -> float:
-        return 1 - self.held_loss(after) / max(self.held_loss(before), 1e-300)
+    def _tracks(self, candidate: _Candidate) -> bool:
+        """Whether the prediction follows the engine token by token.
+
+        Flattening a wrong model's prediction also shrinks |r|; it does not correlate with what the engine reported.
+        """
+        res = self.held_residual(candidate.model)
+        engine_T = self.held.tokens.engine_T[res.usable_T]
+        pair = torch.stack([engine_T, engine_T + res.residual_T[res.usable_T]])
+        return pair.shape[1] > 2 and float(torch.corrcoef(pair)[0, 1]) > TRACKING_CORRELATION
+
+    def _needed(self, candidate: _Candidate) -> bool:
+        """Whether leaving out either edit of a pair fits clearly worse on the held-back half."""
+        if len(candidate.path) < 2:
+            return True
+        first, last = candidate.path[0], candidate.path[-1]
+        without = [first.after, *(c.model for c in self._expand(self.start, [last.hypothesis]))]
+        ours = self.held_residual(candidate.model)
+        return all(clearly_better(ours, self.held_residual(model), EDGE_ALLOWANCE) for model in without)
 
     def _conclude(self, best: _Candidate, singles: Sequence[_Candidate]) -> Attribution:
         floor, verdict = self.floor_of(best.model), self.held_judgement(best.model)
         rivals, ruled_out, unseeable = [], [], dict(self.unseeable)
-        chosen = {h.id for h, _ in best.path}
+        chosen = {e.hypothesis.id for e in best.path}
         for candidate in singles:
-            hypothesis = candidate.path[-1][0]
+            hypothesis = candidate.path[-1].hypothesis
             if hypothesis.id in chosen:
                 continue
             ours, theirs = self.held_residual(best.model), self.held_residual(candidate.model)
@@ -162,7 +202,7 @@ class Attributor:
                 unseeable[hypothesis.id] = "its effect here would be smaller than the noise floor"
             elif best.path and self.held_judgement(candidate.model).within:
                 rivals.append(hypothesis.id)
-        ambiguous = ((*(h.id for h, _ in best.path), *rivals),) if rivals else ()
+        ambiguous = ((*(e.hypothesis.id for e in best.path), *rivals),) if rivals else ()
         return Attribution(
             findings=self._findings(best, complete=verdict.within, ambiguous=bool(rivals)),
             model=best.model,
@@ -175,15 +215,14 @@ class Attributor:
 
     def _findings(self, best: _Candidate, *, complete: bool, ambiguous: bool) -> tuple[Finding, ...]:
         """One finding an edit, with the share of mean |r| it takes away on top of the edits before it."""
-        total = self.held_loss(self.base)
-        model, before = self.base, total
+        total = before = self.held_loss(self.base)
+        confidence = "low" if ambiguous else "high" if complete else "medium"
         found = []
-        for hypothesis, detail in best.path:
-            model = next(v.model for v in hypothesis.variants(self.fit, model) if v.detail == detail)
-            after = self.held_loss(model)
-            confidence = "low" if ambiguous else "high" if complete else "medium"
+        for edit in best.path:
+            after = self.held_loss(edit.after)
             share = (before - after) / max(total, 1e-300)
-            found.append(Finding(hypothesis=hypothesis, detail=detail, explained=share, confidence=confidence))
+            found.append(
+                Finding(hypothesis=edit.hypothesis, detail=edit.detail, explained=share, confidence=confidence)
+            )
             before = after
         return tuple(sorted(found, key=lambda f: -f.explained))
-

@@ -44,7 +44,7 @@ class Case:
 
     @property
     def processed(self) -> Distribution:
-        """The distribution the tokens were drawn from; at temperature 0, where that is a point, the one before argmax."""
+        """The distribution the tokens were drawn from; at temperature 0 the one before the argmax."""
         if self.sampling.temperature == 0:
             untruncated = replace(self.sampling, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0)
             return Distribution.of(LogprobKind.PROCESSED, untruncated)

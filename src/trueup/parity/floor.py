@@ -16,30 +16,9 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from trueup.config import LimitsConfig
+
 BOOTSTRAPS = 400
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """How far beyond the floor is too far. Every judgement cites these.
-
-    `rms_factor`: times the predicted rms (clean engines measured 0.7 to 0.95). `bias_factor`: share of the predicted
-    rms a systematic offset may reach, if it also exceeds `bias_sigmas` standard errors. `tail_factor`: a token is in
-    the tail beyond this many times the predicted 99 % quantile; at most `tail_share` of tokens may be.
-    `edge_share`: tokens outside the trainer's kept set before that alone is a mismatch. `min_tokens`: below it nothing
-    is judged. `min_floor`: smallest rms floor ever claimed, in nats; `min_bias`: smallest offset ever called a bias (a
-    plain fp32 log_softmax over 49,152 entries is itself off by 8e-6 on average).
-    """
-
-    rms_factor: float = 1.25
-    bias_factor: float = 0.25
-    bias_sigmas: float = 4.0
-    tail_factor: float = 3.0
-    tail_share: float = 0.005
-    edge_share: float = 0.05
-    min_tokens: int = 64
-    min_floor: float = 2e-5
-    min_bias: float = 2e-5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +105,7 @@ class Judgement:
         return self.enough and not self.reasons
 
 
-def judge(r_T: Tensor, row_T: Tensor, floor: Floor, limits: Limits) -> Judgement:
+def judge(r_T: Tensor, row_T: Tensor, floor: Floor, limits: LimitsConfig) -> Judgement:
     """Judge the finite entries of r against a floor."""
     usable = torch.isfinite(r_T)
     r, row = r_T[usable].double(), row_T[usable]
@@ -142,7 +121,8 @@ def judge(r_T: Tensor, row_T: Tensor, floor: Floor, limits: Limits) -> Judgement
     centred = r + r.square() / 2
     bias = float(centred.mean())
     bias_se = max(
-        float(cluster_bootstrap(sum_per_row(centred, row), seed=1).std()), float(centred.std(unbiased=False)) / math.sqrt(tokens)
+        float(cluster_bootstrap(sum_per_row(centred, row), seed=1).std()),
+        float(centred.std(unbiased=False)) / math.sqrt(tokens),
     )
     tail_limit = limits.tail_factor * floor.q99_abs
     tail_tokens = int((r.abs() > tail_limit).sum())

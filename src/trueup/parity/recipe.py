@@ -5,8 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from trueup.config import Config
 from trueup.trace import EngineInfo
 from trueup.types import LogprobKind, SamplingParams
+
+TRAINERS = {
+    "processed": LogprobKind.PROCESSED,
+    "tempered": LogprobKind.TEMPERED,
+    "raw": LogprobKind.RAW,
+    "trl": LogprobKind.TEMPERED,
+    "verl": LogprobKind.TEMPERED,
+}
+"""What a named trainer computes: TRL and verl divide logits by T and ignore top-p, top-k, min-p and penalties."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +74,22 @@ def recipe_of_engine(engine: EngineInfo, sampling: SamplingParams, trainer: Logp
     )
 
 
+def recipe_of_config(config: Config) -> Recipe:
+    """Read the recipe out of a configuration file's [engine], [sampling] and [check] trainer."""
+    engine = config.engine
+    return Recipe(
+        engine=EngineInfo(name=engine.name, version=engine.version, api=engine.api),
+        sampling=SamplingParams(**config.sampling.model_dump()),
+        trainer=TRAINERS[config.check.trainer],
+        logprobs_mode=engine.logprobs_mode,
+        prefix_caching=engine.enable_prefix_caching,
+        cache_cleared=engine.clear_cache_on_update,
+        cache_salted=engine.salt_cache_with_version,
+        async_scheduling=engine.async_scheduling,
+        updates_in_flight=engine.updates_in_flight,
+    )
+
+
 def lint(recipe: Recipe) -> list[Advice]:
     """Return what the declared recipe will do wrong, most direct first."""
     found = []
@@ -81,7 +107,11 @@ def lint(recipe: Recipe) -> list[Advice]:
         )
     if mode and "logits" in mode:
         found.append(
-            Advice(id="S1", message=f"logprobs_mode is {mode}: logits are no logprobs", fix="--logprobs-mode processed_logprobs")
+            Advice(
+                id="S1",
+                message=f"logprobs_mode is {mode}: logits are no logprobs",
+                fix="--logprobs-mode processed_logprobs",
+            )
         )
     if trainer == LogprobKind.RAW and sampling.temperature not in (0, 1):
         found.append(
@@ -101,9 +131,17 @@ def lint(recipe: Recipe) -> list[Advice]:
         )
     if sampling.penalises and trainer != LogprobKind.PROCESSED:
         found.append(
-            Advice(id="S6", message="penalties are on while the trainer ignores them", fix="turn penalties off for rollouts")
+            Advice(
+                id="S6",
+                message="penalties are on while the trainer ignores them",
+                fix="turn penalties off for rollouts",
+            )
         )
-    caching = recipe.prefix_caching if recipe.prefix_caching is not None else (True if is_v1 and recipe.updates_in_flight else None)
+    caching = (
+        recipe.prefix_caching
+        if recipe.prefix_caching is not None
+        else (True if is_v1 and recipe.updates_in_flight else None)
+    )
     if caching and recipe.updates_in_flight is not False and not recipe.cache_cleared and not recipe.cache_salted:
         found.append(
             Advice(

@@ -18,6 +18,7 @@ from trueup.policy.logprobs import TokenScores, token_scores_under
 from trueup.policy.processing import Distribution, History
 from trueup.trace import TraceRow
 
+
 @dataclass(frozen=True, kw_only=True)
 class Arithmetic:
     """Precision of one side: dtype of the body and of the head's matmul."""

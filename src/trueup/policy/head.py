@@ -40,9 +40,7 @@ class Head:
         if self.weight_VD.ndim != 2:
             raise ModelError(f"head weight must be [V, D], got shape {tuple(self.weight_VD.shape)}")
         if self.bias_V is not None and self.bias_V.shape != self.weight_VD.shape[:1]:
-            raise ModelError(
-                f"head bias has shape {tuple(self.bias_V.shape)} for a vocabulary of {self.vocab_size}"
-            )
+            raise ModelError(f"head bias has shape {tuple(self.bias_V.shape)} for a vocabulary of {self.vocab_size}")
         if self.softcap is not None and self.softcap <= 0:
             raise ModelError(f"logit soft-cap must be positive, not {self.softcap}")
         if self.matmul_dtype not in (torch.bfloat16, torch.float32, torch.float64):

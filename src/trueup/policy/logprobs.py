@@ -115,7 +115,9 @@ class _Reducer:
 
 def _check(hidden_TD: Tensor, head: Head, targets_T: Tensor) -> None:
     if hidden_TD.ndim != 2 or hidden_TD.shape[1] != head.weight_VD.shape[1]:
-        raise NumericsError(f"hidden states {tuple(hidden_TD.shape)} do not fit a head of {tuple(head.weight_VD.shape)}")
+        raise NumericsError(
+            f"hidden states {tuple(hidden_TD.shape)} do not fit a head of {tuple(head.weight_VD.shape)}"
+        )
     if targets_T.shape != hidden_TD.shape[:1]:
         raise NumericsError(f"{tuple(targets_T.shape)} targets for {hidden_TD.shape[0]} hidden states")
     if not len(targets_T):
@@ -124,7 +126,9 @@ def _check(hidden_TD: Tensor, head: Head, targets_T: Tensor) -> None:
         raise NumericsError(f"target ids reach {int(targets_T.max())}, the vocabulary has {head.vocab_size} entries")
     if not bool(torch.isfinite(hidden_TD).all()):
         bad = (~torch.isfinite(hidden_TD)).any(1).nonzero()[:, 0]
-        raise NumericsError(f"hidden states are not finite at {len(bad)} of {len(targets_T)} tokens, first at {int(bad[0])}")
+        raise NumericsError(
+            f"hidden states are not finite at {len(bad)} of {len(targets_T)} tokens, first at {int(bad[0])}"
+        )
 
 
 def _concatenate(parts: Sequence[_Rows]) -> _Rows:
@@ -192,9 +196,7 @@ def _penalised(logits: Tensor, dist: Distribution, seen: SeenTokens | None, corn
         yield
         return
     assert seen is not None
-    row, column, count = seen.block(
-        (corner[0], corner[0] + logits.shape[0]), (corner[1], corner[1] + logits.shape[1])
-    )
+    row, column, count = seen.block((corner[0], corner[0] + logits.shape[0]), (corner[1], corner[1] + logits.shape[1]))
     plain_N = logits[row, column]
     logits[row, column] = penalise(plain_N, count, dist)[0]
     yield
@@ -269,9 +271,9 @@ class _ChosenLogprob(torch.autograd.Function):
                     _add_product(grad_hidden[tokens], grad_CB, weight_BD)
                 if block_weight is not None:
                     _add_product(block_weight, grad_CB.T, working[tokens])
-            if grad_weight is not None:
+            if grad_weight is not None and block_weight is not None:
                 grad_weight[start:stop] = block_weight
-            if grad_bias is not None:
+            if grad_bias is not None and block_bias is not None:
                 grad_bias[start:stop] = block_bias
         return (None if grad_hidden is None else grad_hidden.to(hidden_TD.dtype)), grad_weight, grad_bias, *(None,) * 4
 
@@ -311,7 +313,7 @@ def _grad_block(
     chosen = ((local_C >= 0) & (local_C < logits_CB.shape[1])).nonzero()[:, 0]
     grad_CB[chosen, local_C[chosen]] += grad_logprob_C[chosen]
     grad_CB *= inverse_temperature
-    if where is not None:
+    if where is not None and slope_N is not None:
         grad_CB[where] *= slope_N
     return grad_CB
 

@@ -30,7 +30,7 @@ HYPOTHESES = (
         id="I1",
         layer="inference",
         title="the engine rounds in bf16 where the trainer does not",
-        fix="use a build whose bf16 stores round to nearest (on x86: one compiled for AVX512-BF16), or serve in float32",
+        fix="use a build whose bf16 stores round to nearest (on x86: compiled for AVX512-BF16), or serve in float32",
         variants=_simulated,
         simulates=True,
     ),

@@ -55,7 +55,9 @@ def _wrong_temperature(evidence: Evidence, model: EngineModel) -> list[Variant]:
         if temperature <= 0:
             continue
         twice = f" = {declared:g} squared: applied twice" if temperature == round(declared**2, 6) else ""
-        variants += _with(model, f"engine fits T'={temperature:g}{twice}, not the declared {declared:g}", temperature=temperature)
+        variants += _with(
+            model, f"engine fits T'={temperature:g}{twice}, not the declared {declared:g}", temperature=temperature
+        )
     return variants
 
 

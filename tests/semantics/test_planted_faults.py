@@ -1,0 +1,134 @@
+"""Faults planted in an engine's mechanics are found by name; a clean engine is never called broken."""
+
+import numpy as np
+import pytest
+import torch
+from tests.plain_engine import PlainEngine, make_tiny_checkpoint
+
+from trueup.config import CheckConfig
+from trueup.parity.run import check_trace
+
+T07 = {"temperature": 0.7, "top_p": 0.9}
+PENALISED = {"temperature": 1.0, "presence_penalty": 1.0, "frequency_penalty": 0.5}
+
+
+def run(model, path, **knobs):
+    return check_trace(CheckConfig(trace=path, model=model, **knobs))
+
+
+def ids(report):
+    return [c.id for c in report.causes]
+
+
+CLEAN = [
+    {"temperature": 1.0},
+    T07,
+    {"temperature": 1.3, "top_k": 20},
+    {"temperature": 0.9, "min_p": 0.05, "top_p": 0.9},
+    {"temperature": 0.8, "repetition_penalty": 1.2},
+    PENALISED,
+]
+
+
+@pytest.mark.parametrize("sampling", CLEAN, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_clean_engine_agrees(tiny_model, tmp_path, sampling, dtype):
+    path = PlainEngine(tiny_model, dtype=dtype).trace(tmp_path / "t.jsonl", sampling)
+    report = run(tiny_model, path)
+    assert report.verdict == "agree", report.as_dict()
+    assert report.exit_code == 0 and not report.causes
+
+
+FAULTS = [
+    ("raw", {}, T07, "processed", ["S1"]),
+    ("raw", {}, {"temperature": 1.3}, "processed", ["S1"]),
+    ("raw", {}, PENALISED, "processed", ["S1"]),
+    ("", {}, {"temperature": 0.7}, "raw", ["S2"]),
+    ("", {}, T07, "raw", ["S2", "S4"]),
+    ("temperature twice", {}, {"temperature": 0.7}, "processed", ["S3"]),
+    ("other temperature", {"used": 1.2}, {"temperature": 0.8}, "processed", ["S3"]),
+    ("", {}, {"temperature": 1.0, "top_p": 0.8}, "trl", ["S4"]),
+    ("", {}, {"temperature": 1.0, "top_k": 5}, "verl", ["S4"]),
+    ("ignores penalties", {}, PENALISED | {"temperature": 0.8}, "processed", ["S6"]),
+    ("", {}, {"temperature": 1.0, "repetition_penalty": 1.4}, "trl", ["S6"]),
+    ("first entry", {}, {"temperature": 1.0}, "processed", ["S8"]),
+    ("placeholder", {"value": 0.0}, {"temperature": 1.0}, "processed", ["S9"]),
+    ("placeholder", {"value": -9999.0}, {"temperature": 1.0}, "processed", ["S9"]),
+    ("placeholder", {"value": 1.0}, T07, "processed", ["S9"]),
+    ("decimals", {"digits": 2}, {"temperature": 1.0}, "processed", ["S10"]),
+    ("bf16 transport", {}, {"temperature": 1.0}, "processed", ["S10"]),
+    ("shift", {"by": 1}, {"temperature": 1.0}, "processed", ["T1"]),
+    ("shift", {"by": -2}, {"temperature": 0.7}, "processed", ["T1"]),
+    ("extra entry", {}, {"temperature": 1.0}, "processed", ["T2"]),
+    ("nan", {}, {"temperature": 1.0}, "processed", ["I11"]),
+]
+
+
+@pytest.mark.parametrize(("fault", "settings", "sampling", "trainer", "expected"), FAULTS, ids=str)
+def test_a_planted_fault_is_named(tiny_model, tmp_path, fault, settings, sampling, trainer, expected):
+    path = PlainEngine(tiny_model, fault=fault, **settings).trace(tmp_path / "t.jsonl", sampling)
+    report = run(tiny_model, path, trainer=trainer)
+    assert report.verdict == "mismatch"
+    assert sorted(ids(report)) == expected, [c.as_dict() for c in report.causes]
+    assert all(c.confidence == "high" for c in report.causes)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_random_wrong_temperature_is_measured(tiny_model, tmp_path, seed):
+    used = float(np.round(np.random.default_rng(seed).uniform(0.5, 1.8), 2))
+    declared = 0.9 if abs(used - 0.9) > 0.1 else 1.2
+    engine = PlainEngine(tiny_model, fault="other temperature", used=used)
+    report = run(tiny_model, engine.trace(tmp_path / "t.jsonl", {"temperature": declared}, seed=seed))
+    assert "S3" in ids(report) or (used == 1.0 and "S1" in ids(report))
+    fitted = float(report.causes[0].evidence.split("T'=")[1].split(",")[0].split(" ")[0])
+    assert fitted == pytest.approx(used, abs=0.026)
+
+
+def test_other_weights_with_a_digest_are_named_w16(tiny_model, tmp_path):
+    other = make_tiny_checkpoint(tmp_path / "other", seed=5)
+    from trueup.model.load import checkpoint_digest
+
+    engine = PlainEngine(other)
+    path = engine.trace(tmp_path / "t.jsonl", {"temperature": 1.0}, model_digest=checkpoint_digest(other))
+    report = run(tiny_model, path)
+    assert ids(report) == ["W16"]
+    assert checkpoint_digest(other)[:12] in report.causes[0].evidence
+
+
+def test_other_weights_without_a_digest_are_unexplained_not_guessed(tiny_model, tmp_path):
+    other = make_tiny_checkpoint(tmp_path / "other", seed=6)
+    report = run(tiny_model, PlainEngine(other).trace(tmp_path / "t.jsonl", T07))
+    assert report.verdict == "mismatch"
+    assert ids(report) == []
+    assert report.settings[0].unexplained["layer"] == "unknown"
+
+
+def test_kept_mass_is_the_mean_ratio_when_the_trainer_ignores_truncation(tiny_model, tmp_path):
+    path = PlainEngine(tiny_model).trace(tmp_path / "t.jsonl", {"temperature": 1.0, "top_p": 0.8}, rows=20)
+    setting = run(tiny_model, path, trainer="trl").settings[0]
+    assert setting.gap["mean_w"] == pytest.approx(setting.kept_mass, rel=1e-4)
+    assert setting.gap["mean"] < 0
+
+
+def test_too_few_tokens_is_inconclusive_not_green(tiny_model, tmp_path):
+    path = PlainEngine(tiny_model).trace(tmp_path / "t.jsonl", {"temperature": 1.0}, rows=2, length=8)
+    report = run(tiny_model, path)
+    assert report.exit_code == 2 and "too few" in report.settings[0].why
+
+
+def test_a_field_that_is_not_modelled_is_said_not_ignored(tiny_model, tmp_path):
+    engine = PlainEngine(tiny_model)
+    path = engine.trace(tmp_path / "t.jsonl", {"temperature": 1.0, "logit_bias": {"3": 2.0}})
+    report = run(tiny_model, path)
+    assert "logit_bias" in report.settings[0].untested["S6"]
+
+
+def test_greedy_rows_are_compared_before_the_argmax(tiny_model, tmp_path):
+    class Greedy(PlainEngine):
+        def step(self, z, prompt, done, s, rng):
+            logp = self._log_softmax(z)
+            return int(logp.argmax()), float(logp.max())
+
+    report = run(tiny_model, Greedy(tiny_model).trace(tmp_path / "t.jsonl", {"temperature": 0}))
+    assert report.verdict == "agree"
+    assert any("greedy" in n for n in report.notes)
