@@ -155,7 +155,7 @@ def parse_sampling(fields_given: Mapping[str, object]) -> tuple[SamplingParams, 
 
 
 def parse_sampling_assignments(text: str) -> SamplingParams:
-    """Parse "temperature=0.7,top_p=0.9" (the `--sampling` option). Unknown names fail with the nearest known one."""
+    """Parse "temperature=0.7,top_p=0.9" (the `--sampling` option). Raises RecordError, naming the nearest field."""
     given: dict[str, object] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         name, sign, value = part.partition("=")

@@ -63,7 +63,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def checkpoint_dtype(path: Path) -> torch.dtype:
-    """Return the dtype that config.json declares, bfloat16 if it declares none."""
+    """Return the dtype that config.json declares, bfloat16 if it declares none. Raises ModelError if unreadable."""
     _files(path)
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -74,7 +74,7 @@ def checkpoint_dtype(path: Path) -> torch.dtype:
 
 
 def checkpoint_digest(path: Path) -> str:
-    """Digest of the tensors stored in a checkpoint folder (see the top of this file), as a hex string."""
+    """Digest of the tensors stored in a folder (see the top of this file), in hex. Raises ModelError if damaged."""
     digest = hashlib.sha256()
     try:
         owners = {}
@@ -134,6 +134,10 @@ def _check_head(model: LoadedModel) -> None:
     """Refuse a model whose own logits are not what body, head weight, bias, scale and soft-cap give."""
     ids = torch.arange(4, device=model.weight_VD.device)[None] % model.vocab_size
     own = model.lm(ids).logits[0].double()
+    if not bool(torch.isfinite(own).all()):
+        bad = [name for name, tensor in model.lm.named_parameters() if not bool(torch.isfinite(tensor).all())]
+        where = f"in {bad[0]} ({len(bad)} tensors)" if bad else f"in the forward pass at {model.dtype}"
+        raise ModelError(f"the logits of {model.path} are not finite: NaN or infinity {where}")
     ours = model.body(ids).last_hidden_state[0].double() @ model.weight_VD.double().T
     if model.bias_V is not None:
         ours += model.bias_V.double()

@@ -121,7 +121,10 @@ SIMULATIONS: dict[str, tuple[str, Callable[[LoadedModel, ExitStack], None]]] = {
 
 @contextmanager
 def simulate(model: LoadedModel, name: str) -> Iterator[None]:
-    """Patch a float32 model so that it rounds as simulation `name` says; everything is undone on exit."""
+    """Patch a float32 model so that it rounds as simulation `name` says; everything is undone on exit.
+
+    Raises ModelError for another dtype or an architecture the patch does not know.
+    """
     if model.dtype != torch.float32:
         raise ModelError("simulations patch a float32 body")
     with ExitStack() as stack:

@@ -63,7 +63,7 @@ def _cut(row: TraceRow, length: int) -> TraceRow:
 
 
 def against_trace(report: ParityReport, path: Path, other: Path, limits: LimitsConfig) -> dict[str, object]:
-    """Compare two engines' logprobs directly on the tokens both produced."""
+    """Compare two engines' logprobs directly on the tokens both produced. Raises TraceError if there are none."""
     rows, theirs = shared_tokens(read_trace(path).rows, read_trace(other).rows)
     if not rows:
         raise TraceError(f"{path} and {other} share no tokens (same prompt, sampling and completion prefix)")
@@ -88,7 +88,7 @@ def against_trace(report: ParityReport, path: Path, other: Path, limits: LimitsC
 
 
 def against_baseline(report: ParityReport, other: Path) -> dict[str, object]:
-    """Compare with a committed report: a new cause, a worse verdict or a grown rms is a mismatch."""
+    """Compare with a committed report: a worse verdict or grown rms is a mismatch. Raises TrueupError if unreadable."""
     try:
         baseline = json.loads(other.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:

@@ -75,6 +75,7 @@ def cluster_bootstrap(statistic_S2: Tensor, *, seed: int = 0) -> Tensor:
 
 
 def sum_per_row(values: Tensor, row: Tensor) -> Tensor:
+    """Return (sum, count) of the values of each sequence, [S, 2] float64: what `cluster_bootstrap` resamples."""
     _, inverse = torch.unique(row, return_inverse=True)
     rows = int(inverse.max()) + 1
     sums = torch.zeros(rows, dtype=torch.float64).index_add_(0, inverse, values)

@@ -1,0 +1,169 @@
+"""Floor, judgement, recipe linter, evidence: the pure parts of parity, on made-up numbers."""
+
+import math
+
+import pytest
+import torch
+
+from trueup.config import LimitsConfig
+from trueup.parity.against import shared_tokens
+from trueup.parity.evidence import Case, EngineModel, Evidence, Tokens, render, snap
+from trueup.parity.floor import Floor, judge, predict
+from trueup.parity.invariants import broken_invariants, positive_logprobs
+from trueup.parity.recipe import Recipe, lint
+from trueup.policy.logprobs import TokenScores
+from trueup.policy.processing import Distribution
+from trueup.trace import EngineInfo, TraceRow
+from trueup.types import LogprobKind, SamplingParams
+
+LIMITS = LimitsConfig()
+N = 2000
+ROW = torch.arange(N) // 40
+
+
+def normal(scale, seed=0, n=N):
+    return torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def floor(rms=0.05):
+    return Floor(rms=rms, trainer_rms=rms, engine_rms=rms, q99_abs=2.6 * rms, basis="")
+
+
+def test_the_floor_adds_both_sides_in_squares():
+    reference = normal(1.0)
+    trainer, engine = reference + normal(0.03, 1), reference + normal(0.04, 2)
+    predicted = predict(trainer, engine, reference, basis="b", min_floor=1e-5)
+    assert predicted.rms == pytest.approx(0.05, rel=0.05)
+    assert predicted.trainer_rms == pytest.approx(0.03, rel=0.05)
+    same = predict(trainer, trainer, reference, basis="b", min_floor=1e-5)
+    assert same.rms == pytest.approx(math.sqrt(2) * same.trainer_rms)
+    assert predict(reference, reference, reference, basis="b", min_floor=1e-5).rms == 1e-5
+    outside = torch.full_like(reference, -math.inf)
+    assert math.isnan(predict(outside, engine, reference, basis="b", min_floor=1e-5).rms)
+
+
+def test_noise_at_the_floor_passes_and_twice_the_floor_fails():
+    assert judge(normal(0.05), ROW, floor(), LIMITS).within
+    verdict = judge(normal(0.1), ROW, floor(), LIMITS)
+    assert not verdict.within and "2.0 times the predicted floor" in verdict.reasons[0]
+
+
+def test_a_bias_hidden_in_a_wide_floor_is_found():
+    verdict = judge(normal(0.04) + 0.02, ROW, floor(), LIMITS)
+    assert verdict.rms < 0.05 and any("bias" in r for r in verdict.reasons)
+
+
+def test_the_mean_of_pure_noise_is_no_bias():
+    """For equal distributions mean w is 1, so mean r is -rms^2/2, not 0."""
+    r = normal(0.3, n=200_000) - 0.3**2 / 2
+    verdict = judge(r, torch.arange(200_000) // 40, floor(0.3), LIMITS)
+    assert not verdict.reasons and abs(verdict.bias) < 0.002
+
+
+def test_a_few_wild_tokens_are_a_tail():
+    r = normal(0.04)
+    r[::150] = 1.0
+    assert any("tokens beyond" in reason for reason in judge(r, ROW, floor(), LIMITS).reasons)
+
+
+def test_too_few_or_no_tokens_are_never_within():
+    assert not judge(normal(0.01, n=10), ROW[:10], floor(), LIMITS).within
+    assert not judge(torch.full((5,), math.nan), ROW[:5], floor(), LIMITS).within
+
+
+def test_false_alarms_are_rare():
+    alarms = sum(bool(judge(normal(0.05, seed), ROW, floor(), LIMITS).reasons) for seed in range(200))
+    assert alarms == 0
+
+
+def trace_row(prompt=(1,), ids=(2, 3), logprobs=(-1.0, -2.0), sampling=None, line=1):
+    return TraceRow(
+        line=line, engine=EngineInfo(), sampling=sampling or {"temperature": 1.0}, prompt_token_ids=prompt,
+        completion_token_ids=ids, completion_logprobs=logprobs,
+    )  # fmt: skip
+
+
+def test_invariants_name_length_and_non_finite():
+    rows = [trace_row(logprobs=(-1.0,)), trace_row(logprobs=(-1.0, math.nan), line=2), trace_row(line=3)]
+    found = {b.id: b for b in broken_invariants(rows)}
+    assert found["T2"].detail.startswith("1 of 3 rows, difference -1; line 1")
+    assert "line 2, token 1" in found["I11"].detail
+    assert positive_logprobs([trace_row(logprobs=(5e-5, 0.2))]) == 1
+
+
+def evidence(values, engine, rows):
+    tokens = Tokens(
+        targets_T=torch.zeros(len(values), dtype=torch.long), row_T=torch.tensor(rows),
+        position_T=torch.zeros(len(values)), engine_T=torch.tensor(engine, dtype=torch.float64), prompts=(), lines=(1, 2),
+    )  # fmt: skip
+    scores = TokenScores(**{n: torch.tensor(values) for n in TokenScores.__dataclass_fields__})
+    case = Case(engine=EngineInfo(), sampling=SamplingParams(), trainer=LogprobKind.PROCESSED)
+    return Evidence(case=case, tokens=tokens, ask=lambda source, dists: [scores for _ in dists])
+
+
+def test_rendering_shifts_inside_rows_only():
+    e = evidence([-1.0, -2.0, -3.0, -4.0], [0.0] * 4, [0, 0, 1, 1])
+    shifted = render(e, EngineModel(dist=Distribution(), shift=1))
+    assert shifted[0] == -2 and shifted[2] == -4 and torch.isnan(shifted[[1, 3]]).all()
+    back = render(e, EngineModel(dist=Distribution(), shift=-1))
+    assert back[1] == -1 and back[3] == -3 and torch.isnan(back[[0, 2]]).all()
+
+
+def test_rendering_grids_and_constants():
+    assert snap(torch.tensor([-1.23456], dtype=torch.float64), "2 decimals").item() == pytest.approx(-1.23)
+    assert snap(torch.tensor([-1.2345678], dtype=torch.float64), "bf16").item() == -1.234375
+    e = evidence([-1.0, -2.0], [-9999.0, -2.5], [0, 0])
+    assert render(e, EngineModel(dist=Distribution(), constant=-9999.0)).tolist() == [-9999.0, -2.0]
+
+
+def test_shared_tokens_stop_where_completions_part():
+    first = [trace_row(ids=(2, 3, 4), logprobs=(-1.0, -2.0, -3.0)), trace_row(prompt=(9,))]
+    second = [
+        trace_row(ids=(2, 3, 7), logprobs=(-1.1, -2.1, -0.5)),
+        trace_row(prompt=(9,), sampling={"temperature": 0.5}),
+    ]
+    rows, theirs = shared_tokens(first, second)
+    assert [r.completion_token_ids for r in rows] == [(2, 3)] and theirs == [(-1.1, -2.1)]
+
+
+V1, V0 = EngineInfo(name="vllm", api="V1"), EngineInfo(name="vllm", api="V0")
+HOT, CUT = SamplingParams(temperature=0.7), SamplingParams(top_p=0.9)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        (Recipe(engine=V1, sampling=HOT, trainer=LogprobKind.PROCESSED, updates_in_flight=False), ["S1"]),
+        (Recipe(engine=V1, sampling=HOT, trainer=LogprobKind.PROCESSED, logprobs_mode="processed_logprobs"), []),
+        (Recipe(engine=V1, sampling=SamplingParams(), trainer=LogprobKind.PROCESSED), []),
+        (Recipe(engine=V0, sampling=HOT, trainer=LogprobKind.PROCESSED), []),
+        (Recipe(engine=V0, sampling=CUT, trainer=LogprobKind.TEMPERED), ["S4"]),
+        (Recipe(engine=V0, sampling=HOT, trainer=LogprobKind.RAW), ["S2"]),
+        (Recipe(engine=V0, sampling=SamplingParams(presence_penalty=1.0), trainer=LogprobKind.TEMPERED), ["S6"]),
+        (
+            Recipe(engine=V1, sampling=SamplingParams(), trainer=LogprobKind.PROCESSED, logprobs_mode="raw_logits"),
+            ["S1"],
+        ),
+    ],
+    ids=range(8),
+)
+def test_lint_on_logprob_semantics(recipe, expected):
+    assert [a.id for a in lint(recipe)] == expected
+    assert all(a.fix and a.message for a in lint(recipe))
+
+
+@pytest.mark.parametrize(
+    ("flags", "warns"),
+    [
+        ({"prefix_caching": True, "updates_in_flight": True}, True),
+        ({"prefix_caching": None, "updates_in_flight": True}, True),
+        ({"prefix_caching": True, "updates_in_flight": True, "cache_cleared": True}, False),
+        ({"prefix_caching": True, "updates_in_flight": True, "cache_salted": True}, False),
+        ({"prefix_caching": False, "updates_in_flight": True}, False),
+        ({"prefix_caching": True, "updates_in_flight": False}, False),
+    ],
+    ids=range(6),
+)
+def test_lint_on_stale_caches(flags, warns):
+    recipe = Recipe(engine=V1, sampling=SamplingParams(), trainer=LogprobKind.PROCESSED, **flags)
+    assert ("W12" in [a.id for a in lint(recipe)]) == warns
