@@ -94,7 +94,8 @@ def test_invariants_name_length_and_non_finite():
 def evidence(values, engine, rows):
     tokens = Tokens(
         targets_T=torch.zeros(len(values), dtype=torch.long), row_T=torch.tensor(rows),
-        position_T=torch.zeros(len(values)), engine_T=torch.tensor(engine, dtype=torch.float64), prompts=(), lines=(1, 2),
+        position_T=torch.zeros(len(values)), engine_T=torch.tensor(engine, dtype=torch.float64),
+        prompts=(), lines=(1, 2),
     )  # fmt: skip
     scores = TokenScores(**{n: torch.tensor(values) for n in TokenScores.__dataclass_fields__})
     case = Case(engine=EngineInfo(), sampling=SamplingParams(), trainer=LogprobKind.PROCESSED)

@@ -26,7 +26,8 @@ PROMPT = Prompt(prompt_id="p", task="t", token_ids=(1, 2))
 def rollout(**changes):
     fields = {
         "prompt": PROMPT, "token_ids": (3, 4), "behaviour_logprobs": (-0.5, -0.1),
-        "logprob_kind": LogprobKind.PROCESSED, "weight_versions": (7, 8), "sampling": SamplingParams(), "finish_reason": "stop", "engine": "e",
+        "logprob_kind": LogprobKind.PROCESSED, "weight_versions": (7, 8),
+        "sampling": SamplingParams(), "finish_reason": "stop", "engine": "e",
     }  # fmt: skip
     return Rollout(**(fields | changes))
 

@@ -13,7 +13,7 @@ import torch
 
 from trueup.config import LimitsConfig
 from trueup.parity.compare import Residual, clearly_better, loss, residual, separation
-from trueup.parity.evidence import EngineModel, Evidence
+from trueup.parity.evidence import TRAINER, EngineModel, Evidence
 from trueup.parity.floor import Floor, Judgement, judge
 from trueup.parity.hypotheses import Hypothesis
 
@@ -134,6 +134,7 @@ class Attributor:
         """Search; with `mismatch` false only say what is ruled out."""
         self.start = _Candidate(model=self.base, path=(), fit_loss=loss(residual(self.fit, self.base), EDGE_ALLOWANCE))
         singles = self._expand(self.start, self.cheap)
+        self.held.prefetch(TRAINER, [self.base.dist, *(c.model.dist for c in singles)])
         if not mismatch:
             return self._conclude(self.start, singles)
         improving = [c for c in singles if c.fit_loss < 0.95 * self.start.fit_loss][:BEAM]

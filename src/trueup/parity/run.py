@@ -30,14 +30,10 @@ NOISE_ROWS = 2
 FP64_ROWS = 3
 """Rows a setting for the float64 reference pass of a float32 check, and for the batch-shape noise."""
 
-LOG_CANNOT_SHOW = {
-    "W1": "a log has one set of logprobs; needs the live engine or older checkpoints",
-    "W12": "needs the live engine: cached against salted prefix",
+NOT_IN_A_LOG = "a log cannot show it"
+LOG_CANNOT_SHOW = dict.fromkeys(("W1", "W3", "W12", "I3", "I4", "I5", "I15"), NOT_IN_A_LOG) | {
     "I2": "needs the engine's own A/B of head precision",
-    "I3": "needs the live engine: alone against batched",
-    "I4": "needs the live engine: generation against scoring",
-    "I15": "needs the live engine: repeated requests",
-    "R1": "the trainer here runs in evaluation mode",
+    "R1": "the trainer is run in evaluation mode here",
 }
 
 

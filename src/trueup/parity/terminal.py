@@ -157,7 +157,7 @@ def _lists(report: ParityReport) -> Iterator[tuple[str, str]]:
         groups: dict[str, list[str]] = {}
         for cause, why in report.untested.items():
             groups.setdefault(why, []).append(cause)
-        yield "untested", "; ".join(f"{' '.join(ids)}: {why}" for why, ids in groups.items())
+        yield "untested", "; ".join(f"{' '.join(ids)} ({why})" for why, ids in groups.items())
     named = {c.id for c in report.causes}
     for advice in report.recipe:
         if advice["id"] not in named:

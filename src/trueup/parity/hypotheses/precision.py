@@ -8,11 +8,11 @@ from trueup.parity.evidence import TRAINER, EngineModel, Evidence, simulation
 from trueup.parity.hypotheses import Hypothesis, Variant
 
 KNOWN = {
-    "residual_truncated": "residual stream stored in bf16 by truncation instead of rounding",
-    "kernels_truncated": "bf16 stores truncate instead of rounding (residual stream, norms, activation)",
-    "rotary_bf16": "rotary tables held in bf16",
-    "softmax_bf16": "attention softmax in bf16",
-    "norm_bf16": "norm output rounded twice",
+    "residual_truncated": "whose residual stream is stored in bf16 by truncation, not rounding",
+    "kernels_truncated": "whose bf16 stores truncate instead of rounding (residual stream, norms, activation)",
+    "rotary_bf16": "whose rotary tables are held in bf16",
+    "softmax_bf16": "whose attention softmax runs in bf16",
+    "norm_bf16": "whose norm output is rounded twice",
 }
 
 
@@ -20,7 +20,7 @@ def _simulated(evidence: Evidence, model: EngineModel) -> list[Variant]:
     if model.source != TRAINER:
         return []
     return [
-        Variant(model=replace(model, source=simulation(name)), detail=f"the engine computes like a body with {what}")
+        Variant(model=replace(model, source=simulation(name)), detail=f"the engine computes like a body {what}")
         for name, what in KNOWN.items()
     ]
 
