@@ -110,6 +110,31 @@ def test_kept_mass_is_the_mean_ratio_when_the_trainer_ignores_truncation(tiny_mo
     assert setting.gap["mean"] < 0
 
 
+@pytest.mark.parametrize(
+    ("logged", "words"),
+    [("tempered", "are tempered .* check with --trainer tempered"), ("processed", "are processed, rms")],
+)
+def test_a_logged_trainer_is_read_for_what_it_computes(tiny_model, tmp_path, logged, words):
+    import json
+    import re
+
+    class Logging(PlainEngine):
+        def step(self, z, prompt, done, s, rng):
+            token, value = super().step(z, prompt, done, s, rng)
+            self.tempered = float(self._log_softmax(z / s["temperature"])[token])
+            self.log.append(self.tempered if logged == "tempered" else value)
+            return token, value
+
+    engine = Logging(tiny_model)
+    engine.log = []
+    path = engine.trace(tmp_path / "t.jsonl", T07, rows=6)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for index, row in enumerate(rows):
+        row["trainer_logprobs"] = engine.log[index::6]
+    path.write_text("\n".join(json.dumps(r) for r in rows))
+    assert re.search(words, "; ".join(run(tiny_model, path).notes))
+
+
 def test_too_few_tokens_is_inconclusive_not_green(tiny_model, tmp_path):
     path = PlainEngine(tiny_model).trace(tmp_path / "t.jsonl", {"temperature": 1.0}, rows=2, length=8)
     report = run(tiny_model, path)

@@ -20,6 +20,7 @@ from trueup.parity.floor import Floor, Judgement, judge, predict
 from trueup.parity.grouping import Setting, arithmetic, group, halves
 from trueup.parity.hypotheses import all_hypotheses
 from trueup.parity.invariants import broken_invariants, positive_logprobs, well_formed
+from trueup.parity.logged_trainer import describe, rows_with_trainer
 from trueup.parity.recipe import TRAINERS, lint, recipe_of_engine
 from trueup.parity.report import Cause, ParityReport, SettingReport
 from trueup.parity.scorer import Arithmetic, Scorer
@@ -130,6 +131,9 @@ class TraceChecker:
         judged = verdict.tokens + int(now.edge_T.sum())
         enough = verdict.enough or (wrong_edges and judged >= self.check.limits.min_tokens)
         mismatch = enough and (bool(verdict.reasons) or wrong_edges or positive > 0)
+        logged = rows_with_trainer(rows)
+        if logged and (note := describe(scorer.evidence(setting.case, logged), logged, floor_of(base).rms)):
+            self.notes.append(note)
         fit, held = (scorer.evidence(setting.case, half) for half in halves(rows))
         found = Attributor(
             fit=fit, held=held, hypotheses=all_hypotheses(), floor_of=floor_of, limits=self.check.limits
