@@ -101,8 +101,9 @@ class Attributor:
     def held_judgement(self, model: EngineModel) -> Judgement:
         """Judge the held-back residual of a model; ruled-out tokens beyond the allowance are a reason of their own."""
         res = self.held_residual(model)
+        limits = self.limits.model_copy(update={"min_tokens": max(1, self.limits.min_tokens // 4)})
         verdict = judge(
-            res.residual_T.masked_fill(~res.usable_T, float("nan")), res.row_T, self.floor_of(model), self.limits
+            res.residual_T.masked_fill(~res.usable_T, float("nan")), res.row_T, self.floor_of(model), limits
         )
         if res.edge_share > self.limits.edge_share:
             reason = f"{res.edge_share:.1%} of tokens lie outside the kept set this predicts"
@@ -190,7 +191,8 @@ class Attributor:
 
     def _conclude(self, best: _Candidate, singles: Sequence[_Candidate]) -> Attribution:
         floor, verdict = self.floor_of(best.model), self.held_judgement(best.model)
-        rivals, ruled_out, unseeable = [], [], dict(self.unseeable)
+        rivals, unseeable = [], dict(self.unseeable)
+        ruled_out = [h.id for h in self.cheap if not h.variants(self.fit, self.base)]
         chosen = {e.hypothesis.id for e in best.path}
         for candidate in singles:
             hypothesis = candidate.path[-1].hypothesis

@@ -26,6 +26,10 @@ class Broken:
     rows: int
 
 
+INVARIANTS = ("T2", "I11")
+"""Ids of the causes that are broken invariants."""
+
+
 def well_formed(row: TraceRow) -> bool:
     """Whether entry t of the logprobs can describe completion token t at all."""
     return len(row.completion_logprobs) == len(row.completion_token_ids) > 0

@@ -19,7 +19,7 @@ from trueup.parity.evidence import ENGINE, REFERENCE, TRAINER, EngineModel, Evid
 from trueup.parity.floor import Floor, Judgement, judge, predict
 from trueup.parity.grouping import Setting, arithmetic, group, halves
 from trueup.parity.hypotheses import all_hypotheses
-from trueup.parity.invariants import broken_invariants, positive_logprobs, well_formed
+from trueup.parity.invariants import INVARIANTS, broken_invariants, positive_logprobs, well_formed
 from trueup.parity.logged_trainer import describe, rows_with_trainer
 from trueup.parity.recipe import TRAINERS, lint, recipe_of_engine
 from trueup.parity.report import Cause, ParityReport, SettingReport
@@ -188,7 +188,7 @@ class TraceChecker:
             causes=tuple(replace(c, settings=(label,)) for c in causes),
             unexplained=unexplained,
             ambiguous=found.ambiguous if outcome == "mismatch" else (),
-            ruled_out=found.ruled_out,
+            ruled_out=(*found.ruled_out, *(i for i in INVARIANTS if i not in {c.id for c in causes})),
             untested=untested,
             kept_mass=float(scores.log_kept_mass_T.double().exp().mean()) if setting.case.processed.truncates else None,
         )
@@ -266,7 +266,7 @@ def _causes(found: Attribution) -> list[Cause]:
 def _unexplained(found: Attribution) -> dict[str, object] | None:
     """What is left after the causes, and in whose layer it must be looked for."""
     left = found.judgement
-    if left.within:
+    if not left.reasons:
         return None
     numeric = left.rms < 10 * found.floor.rms
     return {

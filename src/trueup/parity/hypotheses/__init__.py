@@ -28,8 +28,8 @@ class Variant:
 class Hypothesis:
     """A possible cause.
 
-    `variants(evidence, model)` edits an engine model in every way this cause could (empty: it does not apply on top of
-    that model). `unseeable(evidence)` gives the reason this setting cannot show the cause, or None. `simulates` marks
+    `variants(evidence, model)` edits an engine model in every way this cause could (empty: its mark is not there, so it
+    is ruled out). `unseeable(evidence)` gives the reason this setting cannot show the cause, or None. `simulates` marks
     causes that need further forward passes and are tried only when nothing cheaper explains the gap.
     """
 
