@@ -5,13 +5,16 @@ Alignment rule, everywhere: entry `t` of any per-token array describes completio
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 
 from trueup.errors import RecordError, nearest
 
+MAX_REAL = 1e30
+MAX_TEMPERATURE = 100.0
+MIN_TEMPERATURE = 1e-3
+"""Lowest temperature above 0 (greedy) that is sampled at; vLLM raises anything lower to 0.01."""
 LOGPROB_SLACK = 1e-4
 """A logprob may exceed 0 by this many nats (float32 rounding of logit minus logsumexp), never by more."""
 
@@ -36,8 +39,8 @@ class KVState(StrEnum):
 
 
 def is_real(value: object) -> bool:
-    """True for a finite int or float; False for bool, NaN, infinity and everything else."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """True for a finite int or float of sane size; False for bool, NaN, infinity and everything else."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -MAX_REAL <= value <= MAX_REAL
 
 
 def is_integer(value: object) -> bool:
@@ -78,10 +81,14 @@ class SamplingParams:
         reals = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
         for name in reals:
             _require(is_real(getattr(self, name)), f"{name} must be a finite number, not {getattr(self, name)!r}")
-        _require(self.temperature >= 0, f"temperature must be >= 0 (0 is greedy), not {self.temperature}")
+        _require(
+            self.temperature == 0 or MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE,
+            f"temperature must be 0 (greedy) or in [{MIN_TEMPERATURE}, {MAX_TEMPERATURE:g}], not {self.temperature}",
+        )
         _require(0 < self.top_p <= 1, f"top_p must lie in (0, 1], not {self.top_p}; 1 turns it off")
         _require(
-            is_integer(self.top_k) and self.top_k >= 0, f"top_k must be 0 (off) or a positive integer, not {self.top_k}"
+            is_integer(self.top_k) and 0 <= self.top_k < 2**31,
+            f"top_k must be 0 (off) or a positive integer, not {str(self.top_k)[:40]}",
         )
         _require(0 <= self.min_p <= 1, f"min_p must lie in [0, 1], not {self.min_p}")
         _require(self.repetition_penalty > 0, f"repetition_penalty must be > 0, not {self.repetition_penalty}")
@@ -121,26 +128,28 @@ class SamplingParams:
 
 
 SAMPLING_FIELDS = tuple(f.name for f in fields(SamplingParams))
-INERT_SAMPLING_FIELDS = frozenset(
-    {"n", "best_of", "logprobs", "prompt_logprobs", "detokenize", "skip_special_tokens", "stop_token_ids",
-     "ignore_eos", "include_stop_str_in_output", "spaces_between_special_tokens", "return_token_ids"}
+SHAPING_FIELDS = frozenset(
+    {"logit_bias", "min_tokens", "bad_words", "allowed_token_ids", "logits_processors", "guided_decoding",
+     "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "response_format", "typical_p",
+     "top_a", "epsilon_cutoff", "eta_cutoff", "mirostat_mode", "dry_multiplier", "xtc_probability", "length_penalty",
+     "use_beam_search", "thinking_token_budget", "repetition_detection"}
 )  # fmt: skip
-"""Request fields that do not change the distribution of a token, given the tokens before it."""
+"""Request fields that change the distribution of a token and are not modelled; any other unknown field is inert."""
 
 
 def parse_sampling(fields_given: Mapping[str, object]) -> tuple[SamplingParams, tuple[str, ...]]:
     """Read request fields as an engine would: (parameters, fields in force that trueup does not model).
 
-    `top_k` -1, 0 and None are off; a None field is unset. Unmodelled fields (logit_bias, min_tokens, bad_words, ...)
-    are returned, not refused, so that a check can say that it could not account for them. Raises RecordError.
+    `top_k` -1, 0 and None are off; a None field is unset. SHAPING_FIELDS are returned, not refused, so that a check
+    can say that it could not account for them; other fields are passed over. Raises RecordError.
     """
     known: dict[str, object] = {}
     unmodelled: list[str] = []
     for name, value in fields_given.items():
-        if value is None or name in INERT_SAMPLING_FIELDS:
+        if value is None:
             continue
         if name not in SAMPLING_FIELDS:
-            if value not in (0, 0.0, False, "", [], {}):
+            if name in SHAPING_FIELDS and value not in (0, 0.0, False, "", [], {}):
                 unmodelled.append(name)
             continue
         if name == "top_k" and value == -1:

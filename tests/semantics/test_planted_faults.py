@@ -135,6 +135,115 @@ def test_a_logged_trainer_is_read_for_what_it_computes(tiny_model, tmp_path, log
     assert re.search(words, "; ".join(run(tiny_model, path).notes))
 
 
+def edited(path, change):
+    """Rewrite a trace row by row."""
+    import json
+
+    rows = [change(index, json.loads(line)) for index, line in enumerate(path.read_text().splitlines())]
+    path.write_text("\n".join(json.dumps(r) for r in rows))
+    return path
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_two_causes_that_fit_alike_are_ambiguous_and_the_true_one_is_first(tiny_model, tmp_path, seed):
+    """With a wide top-k, raw logprobs and temperature 1 with top-k nearly coincide in bf16."""
+    sampling = {"temperature": 0.8, "top_k": 200}
+    engine = PlainEngine(tiny_model, fault="raw", dtype=torch.bfloat16)
+    rng = np.random.default_rng(seed)
+
+    def noisy(index, row):
+        values = np.array(row["completion_logprobs"])
+        row["completion_logprobs"] = (values + rng.normal(0, 0.05, len(values)) * (1 - np.exp(values))).tolist()
+        return row
+
+    report = run(tiny_model, edited(engine.trace(tmp_path / "t.jsonl", sampling, rows=20, seed=seed), noisy))
+    setting = report.settings[0]
+    assert ids(report)[0] == "S1"
+    assert "S1" not in setting.untested and "S1" not in setting.ruled_out
+    if report.causes[0].confidence != "high":
+        assert ("S1", "S3") in setting.ambiguous
+
+
+def test_marks_in_the_held_back_half_only_are_seen(tiny_model, tmp_path):
+    def fill(index, row):
+        if index % 2:
+            row["completion_logprobs"][3] = row["completion_logprobs"][9] = -9999.0
+        return row
+
+    path = edited(PlainEngine(tiny_model).trace(tmp_path / "t.jsonl", {"temperature": 1.0}), fill)
+    report = run(tiny_model, path)
+    assert ids(report) == ["S9"]
+
+
+def test_a_coarse_grid_in_a_sharp_trace_is_never_ruled_out(tiny_model, tmp_path):
+    engine = PlainEngine(tiny_model, fault="decimals", digits=1)
+    report = run(tiny_model, engine.trace(tmp_path / "t.jsonl", {"temperature": 0.2}, rows=8, length=16))
+    assert "S10" in ids(report) or "S10" in report.untested
+    assert "S10" not in report.ruled_out
+
+
+def test_one_completion_is_judged_but_never_with_high_confidence(tiny_model, tmp_path):
+    engine = PlainEngine(tiny_model, fault="raw")
+    report = run(tiny_model, engine.trace(tmp_path / "t.jsonl", {"temperature": 0.6}, rows=1, length=100))
+    assert ids(report) == ["S1"] and report.causes[0].confidence == "medium"
+
+
+@pytest.mark.parametrize("flags", [{"--dtype": "float32"}, {"dtype": "torch.float32"}, {"dtype": "fp32"}], ids=str)
+def test_the_engine_dtype_is_read_however_it_is_spelled(tmp_path, flags):
+    model = make_tiny_checkpoint(tmp_path / "bf16", dtype=torch.bfloat16)
+    engine = PlainEngine(model, fault="decimals", digits=2)
+    path = edited(
+        engine.trace(tmp_path / "t.jsonl", {"temperature": 1.0}),
+        lambda i, r: r | {"engine": {"name": "x", "flags": flags}},
+    )
+    assert ids(run(model, path)) == ["S10"]
+
+
+def test_inert_request_fields_change_no_verdict(tiny_model, tmp_path):
+    other = make_tiny_checkpoint(tmp_path / "other", seed=6)
+    path = PlainEngine(other).trace(tmp_path / "t.jsonl", {"temperature": 1.0, "stream": True, "user": "me"})
+    assert run(tiny_model, path).verdict == "mismatch"
+
+
+def test_rows_the_model_cannot_score_lose_only_themselves(tiny_model, tmp_path):
+    def spoil(index, row):
+        if index == 2:
+            row["completion_token_ids"][0] = 10_000
+        if index == 4:
+            row["prompt_token_ids"] = [1] * 600
+        if index == 5:
+            row["sampling"] = {"temperature": 10**400}
+        return row
+
+    report = run(tiny_model, edited(PlainEngine(tiny_model).trace(tmp_path / "t.jsonl", {"temperature": 1.0}), spoil))
+    assert report.verdict == "agree" and len(report.problems) == 3
+
+
+def test_two_engines_of_different_precision_agree_in_either_order(tmp_path):
+    model = make_tiny_checkpoint(tmp_path / "m", dtype=torch.bfloat16)
+    paths = []
+    for dtype in (torch.bfloat16, torch.float32):
+        engine = PlainEngine(model, dtype=dtype)
+        paths.append(engine.trace(tmp_path / f"{dtype}.jsonl", {"temperature": 0.2}, rows=20))
+    for first, second in (paths, paths[::-1]):
+        report = run(model, first, against=str(second))
+        assert report.against["verdict"] == "agree", report.against["text"]
+
+
+def test_engines_of_one_trace_are_reported_apart(tiny_model, tmp_path):
+    rows = []
+    for version, fault in (("1", ""), ("2", "raw")):
+        engine = PlainEngine(tiny_model, fault=fault)
+        path = engine.trace(
+            tmp_path / f"{version}.jsonl", {"temperature": 0.7}, engine={"name": "x", "version": version}
+        )
+        rows += path.read_text().splitlines()
+    path = tmp_path / "both.jsonl"
+    path.write_text("\n".join(rows))
+    verdicts = {s.label: s.verdict for s in run(tiny_model, path, dtype="float32").settings}
+    assert verdicts == {"temperature=0.7 [x 1 #1]": "agree", "temperature=0.7 [x 2 #2]": "mismatch"}
+
+
 def test_too_few_tokens_is_inconclusive_not_green(tiny_model, tmp_path):
     path = PlainEngine(tiny_model).trace(tmp_path / "t.jsonl", {"temperature": 1.0}, rows=2, length=8)
     report = run(tiny_model, path)

@@ -251,6 +251,46 @@ def test_permuting_tokens_permutes_scores(seed, order):
     assert torch.allclose(plain[permutation], shuffled, atol=1e-6)
 
 
+@pytest.mark.parametrize("masked", [slice(90, 100), slice(0, 40)], ids=["end", "first blocks"])
+@pytest.mark.parametrize("dist", [Distribution(), Distribution(temperature=0.7, top_p=0.9)], ids=str)
+def test_a_masked_padded_vocabulary_gives_finite_entropy_and_gradients(masked, dist, monkeypatch):
+    for name in ("STREAM_BLOCK", "GRAD_BLOCK"):
+        monkeypatch.setattr(module, name, 16)
+    hidden, weight, _, _ = batch(vocab=100)
+    targets = torch.arange(45, 54)
+    bias = torch.zeros(100)
+    bias[masked] = -math.inf
+    keep = torch.isfinite(bias)
+    hidden.requires_grad_()
+    scores = token_scores(hidden, Head(weight_VD=weight, bias_V=bias), targets, dist=dist)
+    (scores.logprobs_T[torch.isfinite(scores.logprobs_T)].sum() + scores.entropy_T.sum()).backward()
+    short = token_scores(hidden.detach(), Head(weight_VD=weight[keep]), targets - int((~keep[:45]).sum()), dist=dist)
+    assert torch.allclose(scores.logprobs_T, short.logprobs_T, atol=1e-5)
+    assert torch.allclose(scores.entropy_T, short.entropy_T, atol=1e-5)
+    assert bool(torch.isfinite(hidden.grad).all())
+
+
+def test_autocast_around_forward_and_backward_changes_nothing():
+    grads = []
+    for enabled in (False, True):
+        hidden, weight, targets, _ = batch()
+        hidden.requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            token_scores(hidden, Head(weight_VD=weight), targets).logprobs_T.sum().backward()
+        grads.append(hidden.grad)
+    assert torch.equal(*grads)
+
+
+def test_a_bf16_head_rounds_each_step_of_the_soft_cap_as_engines_do():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(64, 32).bfloat16() * 4, torch.randn(200, 32).bfloat16()
+    targets = torch.randint(0, 200, (64,))
+    own = ((hidden @ weight.T) / 30.0).tanh() * 30.0
+    expected = own.float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    head = Head(weight_VD=weight, softcap=30.0, matmul_dtype=torch.bfloat16)
+    assert torch.allclose(token_scores(hidden, head, targets).logprobs_T, expected, atol=1e-5)
+
+
 def test_refusals_say_what_is_wrong():
     hidden, weight, targets, _ = batch()
     head = Head(weight_VD=weight)

@@ -124,6 +124,19 @@ def test_a_simulation_changes_the_states_and_leaves_the_model_as_it_was(tiny_mod
     assert 1e-4 < change < 0.1, change
 
 
+def test_simulations_refuse_what_they_do_not_know(tmp_path):
+    gemma = load_model(family("Gemma", tmp_path / "gemma"), dtype=torch.float32)
+    with pytest.raises(ModelError, match="no plain RMS norm"), simulate(gemma, "norm_bf16"):
+        pass
+    import transformers
+
+    config = transformers.OlmoConfig(**SMALL, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    transformers.OlmoForCausalLM(config).save_pretrained(tmp_path / "olmo")
+    olmo = load_model(tmp_path / "olmo", dtype=torch.float32)
+    with pytest.raises(ModelError, match="no norm layers"), simulate(olmo, "residual_truncated"):
+        pass
+
+
 def test_simulations_refuse_another_dtype(tiny_model):
     model = load_model(tiny_model, dtype=torch.bfloat16)
     with pytest.raises(ModelError, match="float32"), simulate(model, "residual_truncated"):

@@ -71,6 +71,21 @@ def test_too_few_or_no_tokens_are_never_within():
     assert not judge(torch.full((5,), math.nan), ROW[:5], floor(), LIMITS).within
 
 
+@pytest.mark.parametrize("sequences", [1, 2, 5])
+def test_heavy_tailed_noise_in_a_few_sequences_is_no_alarm(sequences):
+    """A clean engine whose per-token error varies widely: the interval must widen, not collapse."""
+    alarms = 0
+    for seed in range(100):
+        generator = torch.Generator().manual_seed(seed)
+        scale = torch.randn(200, dtype=torch.float64, generator=generator).exp() * 0.03
+        error, other = (torch.randn(200, dtype=torch.float64, generator=generator) * scale for _ in range(2))
+        expected = predict(error, other, torch.zeros(200), basis="", min_floor=1e-5)
+        again, more = (torch.randn(200, dtype=torch.float64, generator=generator) * scale for _ in range(2))
+        row = torch.arange(200) * sequences // 200
+        alarms += bool(judge(again - more, row, expected, LIMITS).reasons)
+    assert alarms <= 3
+
+
 def test_false_alarms_are_rare():
     alarms = sum(bool(judge(normal(0.05, seed), ROW, floor(), LIMITS).reasons) for seed in range(200))
     assert alarms == 0

@@ -67,6 +67,9 @@ def test_slack_above_zero_is_a_ten_thousandth():
         ({"repetition_penalty": 0}, "repetition"), ({"presence_penalty": 3}, "presence"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"temperature": True}, "temperature"), ({"seed": 1.5}, "seed"),
+        ({"temperature": 10**400}, "temperature"), ({"top_k": 10**400}, "top_k"),
+        ({"temperature": 1e-320}, "temperature"),
+        ({"temperature": 1e200}, "temperature"),
     ],
 )  # fmt: skip
 def test_sampling_ranges(change, message):
@@ -79,7 +82,7 @@ def test_sampling_is_read_as_an_engine_reads_it():
         {"temperature": 0.7, "top_k": -1, "min_p": None, "n": 4, "logit_bias": {"1": 2}}
     )
     assert params == SamplingParams(temperature=0.7) and unmodelled == ("logit_bias",)
-    assert parse_sampling({"logit_bias": {}, "min_tokens": 0})[1] == ()
+    assert parse_sampling({"logit_bias": {}, "min_tokens": 0, "stream": True, "user": "me"})[1] == ()
     assert parse_sampling_assignments("temperature=0.7, top_p=0.9,top_k=20") == SamplingParams(
         temperature=0.7, top_p=0.9, top_k=20
     )

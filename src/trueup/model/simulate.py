@@ -67,7 +67,10 @@ def _truncate_kernels(model: LoadedModel, stack: ExitStack) -> None:
 
 def _round_rotary(model: LoadedModel, stack: ExitStack) -> None:
     """Hold the cosine and sine tables in bfloat16."""
-    for rotary in _named(model, "rotary_emb"):
+    tables = _named(model, "rotary_emb")
+    if not tables:
+        raise ModelError(f"{type(model.lm).__name__} has no rotary tables that the simulation knows")
+    for rotary in tables:
         handle = rotary.register_forward_hook(lambda m, a, out: tuple(round_bf16(x) for x in out))
         stack.callback(handle.remove)
 
@@ -81,7 +84,18 @@ def _round_norm(model: LoadedModel, stack: ExitStack) -> None:
         return round_bf16(round_bf16(out / weight) * weight)
 
     for norm in _norms(model):
+        _require_plain_scale(norm)
         stack.callback(norm.register_forward_hook(after).remove)
+
+
+def _require_plain_scale(norm: nn.Module) -> None:
+    """Refuse norms whose output is not weight times a unit-rms vector (Gemma scales by 1 + weight)."""
+    weight = norm.weight
+    assert isinstance(weight, Tensor)
+    probe = torch.linspace(-1, 1, len(weight))[None]
+    expected = weight * probe * probe.square().mean().rsqrt()
+    if not bool((weight != 0).all()) or not torch.allclose(norm(probe), expected, rtol=1e-2, atol=1e-4):
+        raise ModelError(f"{type(norm).__name__} is no plain RMS norm")
 
 
 def _bf16_softmax_attention(

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from trueup.config import LimitsConfig
-from trueup.errors import TraceError, TrueupError
-from trueup.parity.evidence import Tokens
-from trueup.parity.floor import Floor, judge
+from trueup.config import CheckConfig
+from trueup.errors import RecordError, TraceError, TrueupError
+from trueup.model.load import checkpoint_dtype
+from trueup.parity.evidence import ENGINE, REFERENCE, TRAINER
+from trueup.parity.floor import judge, predict
+from trueup.parity.grouping import arithmetic, group
 from trueup.parity.invariants import well_formed
 from trueup.parity.report import SCHEMA, ParityReport
-from trueup.policy.diagnostics import diagnose
+from trueup.parity.scorer import Scorer
 from trueup.trace import TraceRow, read_trace
-from trueup.types import parse_sampling
+from trueup.types import LogprobKind, parse_sampling
 
 BASELINE_FACTOR = 1.25
 """Rms growth over a baseline that counts as a regression."""
 
 
-def _key(row: TraceRow) -> tuple[object, ...]:
-    sampling, _ = parse_sampling(row.sampling)
-    return row.prompt_token_ids, repr(sampling)
+def _key(row: TraceRow) -> tuple[object, ...] | None:
+    try:
+        sampling, _ = parse_sampling(row.sampling)
+    except RecordError:
+        return None
+    return row.prompt_token_ids, repr(replace(sampling, seed=None, max_tokens=None))
 
 
 def shared_tokens(
@@ -37,11 +43,12 @@ def shared_tokens(
     """
     waiting: dict[tuple[object, ...], list[TraceRow]] = {}
     for row in second:
-        if well_formed(row):
-            waiting.setdefault(_key(row), []).append(row)
+        if well_formed(row) and (key := _key(row)):
+            waiting.setdefault(key, []).append(row)
     rows, logprobs = [], []
     for row in first:
-        others = waiting.get(_key(row)) if well_formed(row) else None
+        key = _key(row) if well_formed(row) else None
+        others = waiting.get(key) if key else None
         if not others:
             continue
         other = others.pop(0)
@@ -62,29 +69,39 @@ def _cut(row: TraceRow, length: int) -> TraceRow:
     return TraceRow(**values)
 
 
-def against_trace(report: ParityReport, path: Path, other: Path, limits: LimitsConfig) -> dict[str, object]:
-    """Compare two engines' logprobs directly on the tokens both produced. Raises TraceError if there are none."""
-    rows, theirs = shared_tokens(read_trace(path).rows, read_trace(other).rows)
+def against_trace(check: CheckConfig, other: Path) -> dict[str, object]:
+    """Compare two engines' logprobs directly on the tokens both produced, setting by setting.
+
+    The floor of a setting is predicted from both declared precisions. Raises TraceError if there are no shared tokens.
+    """
+    assert check.trace is not None and check.model is not None
+    first, second = read_trace(check.trace), read_trace(other)
+    rows, theirs = shared_tokens(first.rows, second.rows)
     if not rows:
-        raise TraceError(f"{path} and {other} share no tokens (same prompt, sampling and completion prefix)")
-    tokens = Tokens.of(rows)
-    other_T = torch.tensor([v for values in theirs for v in values], dtype=torch.float64)
-    usable_T = torch.isfinite(tokens.engine_T) & torch.isfinite(other_T)
-    if not bool(usable_T.any()):
-        raise TraceError(f"{path} and {other} share no token with two finite logprobs")
-    rms = [s.noise_floor.get("engine_rms") for s in report.settings]
-    engine_rms = max((r for r in rms if isinstance(r, float) and r == r), default=0.0)
-    floor_rms = max(limits.min_floor, engine_rms * 2**0.5)
-    floor = Floor(
-        rms=floor_rms, trainer_rms=engine_rms, engine_rms=engine_rms, q99_abs=3 * floor_rms, basis="two engines"
-    )
-    verdict = judge((other_T - tokens.engine_T).masked_fill(~usable_T, torch.nan), tokens.row_T, floor, limits)
-    outcome = "inconclusive" if not verdict.enough else "mismatch" if verdict.reasons else "agree"
-    gap = diagnose(other_T[usable_T], tokens.engine_T[usable_T], tokens.row_T[usable_T])
-    why = "; ".join(verdict.reasons) or ("within two engines' floor" if verdict.enough else "too few shared tokens")
-    measured = f"{gap.tokens} shared tokens, mean |r| {gap.mean_abs:.3g}, rms {gap.rms:.3g}, floor {floor_rms:.3g}"
-    text = f"{outcome} with {other}: {measured} ({why})"
-    return {"kind": "trace", "path": str(other), "verdict": outcome, "gap": gap.as_dict(), "text": text}
+        raise TraceError(f"{check.trace} and {other} share no tokens (same prompt, sampling and completion prefix)")
+    checkpoint = checkpoint_dtype(check.model)
+    ours, others = (arithmetic(check, trace.rows, checkpoint)[1] for trace in (first, second))
+    scorer = Scorer(path=check.model, trainer=others, engine=ours, batch_rows=check.batch_rows, device=check.device)
+    values = {r.line: v for r, v in zip(rows, theirs, strict=True)}
+    settings, gaps, verdicts = [], [], set()
+    for setting in group(replace(first, rows=tuple(rows)), LogprobKind.PROCESSED, []):
+        evidence = scorer.evidence(setting.case, setting.rows)
+        dist = setting.case.processed
+        sides = [evidence.scores(source, dist).logprobs_T for source in (TRAINER, ENGINE, REFERENCE)]
+        floor = predict(*sides, basis="two engines", min_floor=check.limits.min_floor)
+        other_T = torch.tensor([v for r in setting.rows for v in values[r.line]], dtype=torch.float64)
+        gap_T = other_T - evidence.tokens.engine_T
+        verdict = judge(gap_T, evidence.tokens.row_T, floor, check.limits)
+        verdicts.add("inconclusive" if not verdict.enough else "mismatch" if verdict.reasons else "agree")
+        gaps.append(gap_T[torch.isfinite(gap_T)])
+        why = "; ".join(verdict.reasons) or f"rms {verdict.rms:.3g}, floor {floor.rms:.3g}"
+        settings.append(f"{setting.case.label()}: {verdict.tokens} shared tokens, {why}")
+    gap_T = torch.cat(gaps)
+    outcome = next(v for v in ("mismatch", "inconclusive", "agree") if v in verdicts)
+    mean_abs = float(gap_T.abs().mean()) if len(gap_T) else float("nan")
+    text = f"{outcome} with {other}: {len(gap_T)} shared tokens, mean |r| {mean_abs:.3g} ({' | '.join(settings)})"
+    gap = {"tokens": len(gap_T), "mean_abs": mean_abs}
+    return {"kind": "trace", "path": str(other), "verdict": outcome, "gap": gap, "settings": settings, "text": text}
 
 
 def against_baseline(report: ParityReport, other: Path) -> dict[str, object]:
@@ -115,13 +132,13 @@ def against_baseline(report: ParityReport, other: Path) -> dict[str, object]:
             continue
         if now_rms > BASELINE_FACTOR * max(old_rms, 0.5 * floor):
             changes.append(f"{setting.label}: rms {old_rms:.3g} became {now_rms:.3g}")
-    outcome = "mismatch" if changes else "agree" if compared else "inconclusive"
-    text = f"{outcome} with baseline {other}: " + ("; ".join(changes) or f"{compared} settings compared, none worse")
+    gone = sorted(set(before) - {s.label for s in report.settings})
+    outcome = "mismatch" if changes else "agree" if compared and not gone else "inconclusive"
+    parts = [*changes, *(f"{label}: in the baseline, not here" for label in gone)]
+    text = f"{outcome} with baseline {other}: " + ("; ".join(parts) or f"{compared} settings compared, none worse")
     return {"kind": "baseline", "path": str(other), "verdict": outcome, "changes": changes, "text": text}
 
 
-def compare_against(report: ParityReport, path: Path, other: Path, limits: LimitsConfig) -> dict[str, object]:
+def compare_against(report: ParityReport, check: CheckConfig, other: Path) -> dict[str, object]:
     """Dispatch on what `other` is: a .json report, else a trace."""
-    if other.suffix == ".json":
-        return against_baseline(report, other)
-    return against_trace(report, path, other, limits)
+    return against_baseline(report, other) if other.suffix == ".json" else against_trace(check, other)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from trueup.config import LimitsConfig
+from trueup.errors import ModelError, NumericsError
 from trueup.parity.compare import Residual, clearly_better, loss, residual, separation
 from trueup.parity.evidence import TRAINER, EngineModel, Evidence
 from trueup.parity.floor import Floor, Judgement, judge
@@ -81,6 +82,7 @@ class Attributor:
         floor_of: Callable[[EngineModel], Floor], limits: LimitsConfig,
     ) -> None:  # fmt: skip
         self.fit, self.held, self.floor_of, self.limits = fit, held, floor_of, limits
+        self.order = [h.id for h in hypotheses]
         self.unseeable = {h.id: why for h in hypotheses if (why := h.unseeable(fit))}
         seeable = [h for h in hypotheses if h.id not in self.unseeable]
         self.cheap = [h for h in seeable if not h.simulates]
@@ -113,10 +115,15 @@ class Attributor:
     def _expand(self, start: _Candidate, hypotheses: Sequence[Hypothesis]) -> list[_Candidate]:
         """Best variant of each hypothesis on top of `start`, judged on the fitting half, best first."""
         used = {e.hypothesis.id for e in start.path}
-        offers = {h: h.variants(self.fit, start.model) for h in hypotheses if h.id not in used}
+        offers = {h: list(h.variants(self.fit, start.model)) for h in hypotheses if h.id not in used}
         for source in {v.model.source for vs in offers.values() for v in vs}:
             dists = [v.model.dist for vs in offers.values() for v in vs if v.model.source == source]
-            self.fit.prefetch(source, dists)
+            try:
+                self.fit.prefetch(source, dists)
+            except (ModelError, NumericsError):  # a simulation this architecture does not allow is not tried
+                if source == TRAINER:
+                    raise
+                offers = {h: [v for v in vs if v.model.source != source] for h, vs in offers.items()}
         seen = {start.model}
         found = []
         for hypothesis, variants in offers.items():
@@ -168,7 +175,15 @@ class Attributor:
             and (self.held_judgement(c.model).within if complete else self._tracks(c))
             and self._needed(c)
         ]
-        return min(kept, key=lambda c: self.held_loss(c.model), default=None)
+        if not kept:
+            return None
+        best = min(kept, key=lambda c: self.held_loss(c.model))
+        tied = [c for c in kept if not self._clearly_worse(c, best)]
+        return min(tied, key=lambda c: (len(c.path), [self.order.index(e.hypothesis.id) for e in c.path]))
+
+    def _clearly_worse(self, candidate: _Candidate, best: _Candidate) -> bool:
+        ours, theirs = self.held_residual(best.model), self.held_residual(candidate.model)
+        return candidate is not best and clearly_better(ours, theirs, EDGE_ALLOWANCE)
 
     def _tracks(self, candidate: _Candidate) -> bool:
         """Whether the prediction follows the engine token by token.
@@ -201,7 +216,7 @@ class Attributor:
             ours, theirs = self.held_residual(best.model), self.held_residual(candidate.model)
             if clearly_better(ours, theirs, EDGE_ALLOWANCE):
                 ruled_out.append(hypothesis.id)
-            elif separation(ours, theirs) < floor.rms:
+            elif separation(self.held_residual(self.base), theirs) < floor.rms:
                 unseeable[hypothesis.id] = "its effect here would be smaller than the noise floor"
             elif best.path and self.held_judgement(candidate.model).within:
                 rivals.append(hypothesis.id)
@@ -219,7 +234,7 @@ class Attributor:
     def _findings(self, best: _Candidate, *, complete: bool, ambiguous: bool) -> tuple[Finding, ...]:
         """One finding an edit, with the share of mean |r| it takes away on top of the edits before it."""
         total = before = self.held_loss(self.base)
-        confidence = "low" if ambiguous else "high" if complete else "medium"
+        confidence = "low" if ambiguous else "high" if complete and self.fit is not self.held else "medium"
         found = []
         for edit in best.path:
             after = self.held_loss(edit.after)

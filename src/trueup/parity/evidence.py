@@ -36,6 +36,7 @@ class Case:
     declared_digest: str | None = None
     trainer_digest: str | None = None
     other_temperatures: tuple[float, ...] = ()
+    tag: str = ""
 
     @property
     def min_p_first(self) -> bool:
@@ -61,7 +62,7 @@ class Case:
 
     def label(self) -> str:
         """Return e.g. "temperature=0.7 top_p=0.9"."""
-        return self.sampling.label()
+        return self.sampling.label() + self.tag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +123,13 @@ class Evidence:
     case: Case
     tokens: Tokens
     ask: Callable[[str, Sequence[Distribution]], list[TokenScores]]
+    whole: Evidence | None = None
     _memory: dict[tuple[str, Distribution], TokenScores] = field(default_factory=dict)
+
+    @property
+    def everything(self) -> Evidence:
+        """All rows of the setting: a half looks for marks such as constants and grids there, not in itself."""
+        return self.whole or self
 
     def prefetch(self, source: str, dists: Sequence[Distribution]) -> None:
         """Fetch several distributions from one pass over the logits."""

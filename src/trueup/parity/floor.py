@@ -19,6 +19,8 @@ from torch import Tensor
 from trueup.config import LimitsConfig
 
 BOOTSTRAPS = 400
+FEW_SEQUENCES = 6
+BLOCK_TOKENS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,13 @@ def cluster_bootstrap(statistic_S2: Tensor, *, seed: int = 0) -> Tensor:
 
 
 def sum_per_row(values: Tensor, row: Tensor) -> Tensor:
-    """Return (sum, count) of the values of each sequence, [S, 2] float64: what `cluster_bootstrap` resamples."""
+    """Return (sum, count) of the values of each sequence, [S, 2] float64: what `cluster_bootstrap` resamples.
+
+    With fewer than FEW_SEQUENCES sequences, blocks of BLOCK_TOKENS neighbouring tokens take their place: one or two
+    sequences alone have no spread.
+    """
+    if len(torch.unique(row)) < FEW_SEQUENCES:
+        row = row * len(row) + torch.arange(len(row)) // BLOCK_TOKENS
     _, inverse = torch.unique(row, return_inverse=True)
     rows = int(inverse.max()) + 1
     sums = torch.zeros(rows, dtype=torch.float64).index_add_(0, inverse, values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,7 @@ import torch
 from trueup.config import CheckConfig
 from trueup.errors import RecordError, TraceError
 from trueup.parity.evidence import Case
+from trueup.parity.recipe import flag_of
 from trueup.parity.scorer import Arithmetic
 from trueup.trace import Trace, TraceRow
 from trueup.types import LogprobKind, parse_sampling
@@ -22,6 +24,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "bf16": torch.bfloat16,
     "float16": torch.float16,
+    "fp16": torch.float16,
     "half": torch.float16,
     "float32": torch.float32,
     "fp32": torch.float32,
@@ -44,13 +47,24 @@ def parse_dtype(name: object) -> torch.dtype | None:
 
 def _head_flag(flags: Mapping[str, object]) -> object:
     """head_dtype, given as a flag of its own or inside vLLM's hf_overrides (a mapping or JSON text)."""
-    overrides = flags.get("hf_overrides", flags.get("hf-overrides"))
+    overrides = flag_of(flags, "hf_overrides")
     if isinstance(overrides, str):
         try:
             overrides = json.loads(overrides)
         except (ValueError, RecursionError):
             overrides = None
-    return flags.get("head_dtype") or (overrides.get("head_dtype") if isinstance(overrides, Mapping) else None)
+    return flag_of(flags, "head_dtype") or (overrides.get("head_dtype") if isinstance(overrides, Mapping) else None)
+
+
+def _body(flags: Mapping[str, object], checkpoint: torch.dtype) -> torch.dtype:
+    declared = flag_of(flags, "dtype")
+    if declared in (None, "auto"):
+        return checkpoint
+    if (body := parse_dtype(declared)) is None:
+        raise TraceError(
+            f"the engine declares dtype {str(declared)[:40]!r}, which is none of {', '.join(sorted(DTYPES))}"
+        )
+    return body
 
 
 def arithmetic(check: CheckConfig, rows: Sequence[TraceRow], checkpoint: torch.dtype) -> tuple[Arithmetic, Arithmetic]:
@@ -59,7 +73,7 @@ def arithmetic(check: CheckConfig, rows: Sequence[TraceRow], checkpoint: torch.d
     The trainer follows the engine's body unless `dtype` names one; its head is `head`. A bf16 engine multiplies its
     head in bf16 unless it declares head_dtype float32. Raises TraceError when rows declare different dtypes.
     """
-    bodies = {parse_dtype(r.engine.flags.get("dtype")) or checkpoint for r in rows}
+    bodies = {_body(r.engine.flags, checkpoint) for r in rows}
     heads = {parse_dtype(_head_flag(r.engine.flags)) for r in rows}
     if len(bodies) > 1 or len(heads) > 1:
         raise TraceError("the trace mixes engines of different dtype or head_dtype; check each in a file of its own")
@@ -86,6 +100,13 @@ def group(trace: Trace, kind: LogprobKind, problems: list[str]) -> list[Setting]
         cases[key] = Case(
             engine=row.engine, sampling=shape, trainer=kind, unmodelled=unmodelled, declared_digest=row.model_digest
         )
+    engines = {(c.engine.title(), str(sorted(c.engine.flags.items(), key=str))) for c in cases.values()}
+    if len(engines) > 1:
+        tags = {e: f" [{e[0]} #{i}]" for i, e in enumerate(sorted(engines), 1)}
+        cases = {
+            k: replace(c, tag=tags[c.engine.title(), str(sorted(c.engine.flags.items(), key=str))])
+            for k, c in cases.items()
+        }
     temperatures = {c.sampling.temperature for c in cases.values()}
     return [
         Setting(case=replace(cases[k], other_temperatures=tuple(sorted(temperatures))), rows=tuple(groups[k]))
@@ -94,11 +115,16 @@ def group(trace: Trace, kind: LogprobKind, problems: list[str]) -> list[Setting]
 
 
 def halves(rows: Sequence[TraceRow]) -> tuple[list[TraceRow], list[TraceRow]]:
-    """Split into a fitting half (capped at FIT_TOKENS) and a held-back half, by alternating rows."""
+    """Split at random (fixed seed) into a fitting half, capped at FIT_TOKENS, and a held-back half.
+
+    At random, so that nothing that alternates in the log (replicas, prompts) falls into one half. A single row is both.
+    """
+    order = list(rows)
+    random.Random(0).shuffle(order)
     fit: list[TraceRow] = []
     tokens = 0
-    for row in rows[::2]:
+    for row in order[::2]:
         if tokens < FIT_TOKENS or not fit:
             fit.append(row)
             tokens += len(row.completion_token_ids)
-    return fit, list(rows[1::2]) or fit
+    return fit, order[1::2] or fit

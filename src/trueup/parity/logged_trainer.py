@@ -36,6 +36,8 @@ def describe(evidence: Evidence, rows: Sequence[TraceRow], floor_rms: float) -> 
     used = evidence.case.trainer
     best = min(gaps, key=lambda kind: (gaps[kind], kind != used))
     label = evidence.case.label()
+    if not bool(torch.isfinite(logged_T).any()):
+        return f"{label}: the logged trainer logprobs are not finite"
     if gaps[best] > 2 * floor_rms:
         return f"{label}: the logged trainer logprobs fit no kind (closest {best}, rms {gaps[best]:.2g} nats from ours)"
     if gaps[used] <= max(1.01 * gaps[best], floor_rms):

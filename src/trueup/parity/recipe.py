@@ -47,7 +47,8 @@ class Advice:
         return {"id": self.id, "message": self.message, "fix": self.fix}
 
 
-def _flag(flags: Mapping[str, object], *names: str) -> object:
+def flag_of(flags: Mapping[str, object], *names: str) -> object:
+    """Return an engine flag however it is spelled: dtype, --dtype, logprobs_mode, logprobs-mode; None if absent."""
     for name in names:
         for spelling in (name, name.replace("_", "-"), f"--{name.replace('_', '-')}"):
             if spelling in flags:
@@ -63,14 +64,14 @@ def _truth(value: object) -> bool | None:
 
 def recipe_of_engine(engine: EngineInfo, sampling: SamplingParams, trainer: LogprobKind) -> Recipe:
     """Read the recipe out of the flags an engine recorded; what it did not record stays undeclared."""
-    mode = _flag(engine.flags, "logprobs_mode")
+    mode = flag_of(engine.flags, "logprobs_mode")
     return Recipe(
         engine=engine,
         sampling=sampling,
         trainer=trainer,
         logprobs_mode=str(mode) if mode is not None else None,
-        prefix_caching=_truth(_flag(engine.flags, "enable_prefix_caching")),
-        async_scheduling=_truth(_flag(engine.flags, "async_scheduling")),
+        prefix_caching=_truth(flag_of(engine.flags, "enable_prefix_caching")),
+        async_scheduling=_truth(flag_of(engine.flags, "async_scheduling")),
     )
 
 

@@ -11,7 +11,7 @@ import torch
 
 from trueup import env
 from trueup.config import CheckConfig
-from trueup.errors import ConfigError, RecordError, TraceError
+from trueup.errors import ConfigError, ModelError, RecordError, TraceError
 from trueup.parity.against import compare_against
 from trueup.parity.attribution import Attribution, Attributor
 from trueup.parity.compare import residual
@@ -28,8 +28,11 @@ from trueup.policy.diagnostics import diagnose
 from trueup.trace import Trace, TraceRow, read_trace
 
 NOISE_ROWS = 2
-FP64_ROWS = 3
-"""Rows a setting for the float64 reference pass of a float32 check, and for the batch-shape noise."""
+"""Rows a setting that are also scored one at a time, for the trainer's batch-shape noise."""
+FP64_TOKENS = 384
+"""Tokens a setting, at least, that a float32 check also scores in float64."""
+LIMITS_VOCABULARY = 49_152
+"""Vocabulary the smallest floor and bias were measured with; a plain log_softmax errs in proportion to its length."""
 
 NOT_IN_A_LOG = "a log cannot show it"
 LOG_CANNOT_SHOW = dict.fromkeys(("W1", "W3", "W12", "I3", "I4", "I5", "I15"), NOT_IN_A_LOG) | {
@@ -68,6 +71,10 @@ class TraceChecker:
         )  # fmt: skip
         scorer.trainer, scorer.engine = arithmetic(check, trace.rows, scorer.dtype())
         digest = scorer.digest()
+        settings = self._drop_unfit(scorer, settings)
+        scale = max(1.0, scorer.model(scorer.trainer.body).vocab_size / LIMITS_VOCABULARY)
+        smallest = {name: scale * getattr(check.limits, name) for name in ("min_floor", "min_bias")}
+        self.limits = check.limits.model_copy(update=smallest)
         settings = [replace(s, case=replace(s.case, trainer_digest=digest)) for s in settings]
         self._prefetch(scorer, settings)
         reports = [self._setting(scorer, s) for s in settings]
@@ -77,7 +84,25 @@ class TraceChecker:
         return [r for r in setting.rows if well_formed(r)]
 
     def _reference_rows(self, scorer: Scorer, rows: list[TraceRow]) -> list[TraceRow]:
-        return rows[:FP64_ROWS] if scorer.reference.body == torch.float64 else rows
+        """Rows the floor is predicted on: all, or for a float64 reference evenly spread ones up to a token budget."""
+        if scorer.reference.body != torch.float64:
+            return rows
+        tokens = sum(len(r.completion_token_ids) for r in rows)
+        step = max(1, tokens // FP64_TOKENS)
+        return rows[::step]
+
+    def _drop_unfit(self, scorer: Scorer, settings: Sequence[Setting]) -> list[Setting]:
+        """Leave out, and report, rows the model cannot score. Raises ModelError when none is left."""
+        kept = []
+        for setting in settings:
+            reasons = {r.line: why for r in self._usable(setting) if (why := scorer.unfit(r))}
+            self.problems += [f"line {line}: {why}; row left out" for line, why in reasons.items()]
+            rows = tuple(r for r in setting.rows if r.line not in reasons)
+            if rows:
+                kept.append(replace(setting, rows=rows))
+        if not kept:
+            raise ModelError(self.problems[-1].removesuffix("; row left out"))
+        return kept
 
     def _prefetch(self, scorer: Scorer, settings: Sequence[Setting]) -> None:
         """Run the forward passes of all settings precision by precision, so that each model is loaded once."""
@@ -100,7 +125,7 @@ class TraceChecker:
             f"trainer ({scorer.trainer.title()}) and engine ({scorer.engine.title()}) against "
             f"{scorer.reference.title()}, taken as independent"
         )
-        return predict(trainer, engine, reference, basis=basis, min_floor=self.check.limits.min_floor)
+        return predict(trainer, engine, reference, basis=basis, min_floor=self.limits.min_floor)
 
     def _setting(self, scorer: Scorer, setting: Setting) -> SettingReport:
         self.announce(f"judging {setting.case.label()}")
@@ -123,21 +148,20 @@ class TraceChecker:
                 floors[model.dist] = self._floor(scorer, setting, model)
             return floors[model.dist]
 
-        verdict = judge(
-            now.residual_T.masked_fill(~now.usable_T, torch.nan), now.row_T, floor_of(base), self.check.limits
-        )
-        wrong_edges = now.edge_share > self.check.limits.edge_share
+        verdict = judge(now.residual_T.masked_fill(~now.usable_T, torch.nan), now.row_T, floor_of(base), self.limits)
+        wrong_edges = now.edge_share > self.limits.edge_share
         positive = positive_logprobs(rows)
         judged = verdict.tokens + int(now.edge_T.sum())
-        enough = verdict.enough or (wrong_edges and judged >= self.check.limits.min_tokens)
+        enough = verdict.enough or (wrong_edges and judged >= self.limits.min_tokens)
         mismatch = enough and (bool(verdict.reasons) or wrong_edges or positive > 0)
         logged = rows_with_trainer(rows)
         if logged and (note := describe(scorer.evidence(setting.case, logged), logged, floor_of(base).rms)):
             self.notes.append(note)
-        fit, held = (scorer.evidence(setting.case, half) for half in halves(rows))
-        found = Attributor(
-            fit=fit, held=held, hypotheses=all_hypotheses(), floor_of=floor_of, limits=self.check.limits
-        ).run(mismatch=mismatch)
+        fit, held = (replace(scorer.evidence(setting.case, half), whole=evidence) for half in halves(rows))
+        held = held if len(rows) > 1 else fit
+        found = Attributor(fit=fit, held=held, hypotheses=all_hypotheses(), floor_of=floor_of, limits=self.limits).run(
+            mismatch=mismatch
+        )
         causes = [*broken, *_causes(found)] if mismatch else broken
         reasons = [*verdict.reasons]
         if wrong_edges:
@@ -156,7 +180,7 @@ class TraceChecker:
         if outcome == "agree" and not enough:
             outcome, why = (
                 "inconclusive",
-                f"{verdict.tokens} tokens are too few ({self.check.limits.min_tokens} needed)",
+                f"{verdict.tokens} tokens are too few ({self.limits.min_tokens} needed)",
             )
         unmodelled = setting.case.unmodelled
         untested = dict(found.unseeable)
@@ -321,5 +345,5 @@ def check_trace(check: CheckConfig, *, announce: Callable[[str], None] = lambda 
         raise TraceError(f"--against {against} does not exist")
     report = TraceChecker(check, announce=announce).run()
     if against is not None:
-        report = replace(report, against=compare_against(report, check.trace, against, check.limits))
+        report = replace(report, against=compare_against(report, check, against))
     return report

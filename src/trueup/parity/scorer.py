@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from trueup.errors import ModelError
 from trueup.model.load import LoadedModel, checkpoint_digest, checkpoint_dtype, load_model
 from trueup.model.scoring import ScoredRow, check_fits, hidden_states
 from trueup.model.simulate import simulate
@@ -94,7 +95,6 @@ class Scorer:
             self.announce(f"{source}: forward pass, {arithmetic.title()}, {len(missing)} rows")
             model = self.model(arithmetic.body)
             scored = [ScoredRow(prompt_ids=r.prompt_token_ids, completion_ids=r.completion_token_ids) for r in missing]
-            check_fits(model, scored)
             size = batch_rows or self.batch_rows
             if source.startswith("simulation:"):
                 with simulate(model, source.removeprefix("simulation:")):
@@ -114,26 +114,44 @@ class Scorer:
             )
         return self._heads[arithmetic.body].at(arithmetic.head)
 
+    def _score(
+        self, source: str, hidden_TD: Tensor, tokens: Tokens, dists: Sequence[Distribution]
+    ) -> list[TokenScores]:
+        """Score on the model's device, answer on the CPU."""
+        device = hidden_TD.device
+        prompts = tuple(p.to(device) for p in tokens.prompts)
+        history = History(row_T=tokens.row_T.to(device), prompts=prompts)
+        found = token_scores_under(
+            hidden_TD, self.head(source), tokens.targets_T.to(device), dists=dists, history=history
+        )
+        return [TokenScores(**{n: getattr(s, n).cpu() for n in TokenScores.__dataclass_fields__}) for s in found]
+
+    def unfit(self, row: TraceRow) -> str | None:
+        """Say why the model cannot score a row, None if it can."""
+        scored = ScoredRow(prompt_ids=row.prompt_token_ids, completion_ids=row.completion_token_ids)
+        model = self.model(self.trainer.body)
+        try:
+            check_fits(model, [scored])
+        except ModelError as error:
+            return str(error)
+        return None
+
     def evidence(self, case: Case, rows: Sequence[TraceRow]) -> Evidence:
         """Wrap rows as evidence whose logits come from this scorer."""
         tokens = Tokens.of(rows)
-        history = History(row_T=tokens.row_T, prompts=tokens.prompts)
 
         def ask(source: str, dists: Sequence[Distribution]) -> list[TokenScores]:
-            hidden_TD = torch.cat(self.states(source, rows))
-            return token_scores_under(hidden_TD, self.head(source), tokens.targets_T, dists=dists, history=history)
+            return self._score(source, torch.cat(self.states(source, rows)), tokens, dists)
 
         return Evidence(case=case, tokens=tokens, ask=ask)
 
     def batch_shape_noise(self, rows: Sequence[TraceRow], case: Case) -> float:
         """Rms difference in nats between the trainer's batched pass and the same rows one at a time."""
         tokens = Tokens.of(rows)
-        history = History(row_T=tokens.row_T, prompts=tokens.prompts)
         sides = []
         for batch_rows in (None, 1):
             hidden_TD = torch.cat(self.states(TRAINER, rows, batch_rows=batch_rows))
-            dists = [case.trainer_distribution]
-            scores = token_scores_under(hidden_TD, self.head(TRAINER), tokens.targets_T, dists=dists, history=history)
+            scores = self._score(TRAINER, hidden_TD, tokens, [case.trainer_distribution])
             sides.append(scores[0].logprobs_T.double())
         difference = sides[0] - sides[1]
         difference = difference[torch.isfinite(difference)]

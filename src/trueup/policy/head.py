@@ -74,7 +74,10 @@ class Head:
             logits_CB *= self.scale
         if self.matmul_dtype == torch.bfloat16:
             logits_CB.copy_(logits_CB.bfloat16())
-        if self.softcap is not None:
+        if self.softcap is not None and self.matmul_dtype == torch.bfloat16:
+            # An engine in bf16 rounds after each of the three operations; together they cost more than the product.
+            logits_CB.copy_((logits_CB.bfloat16() / self.softcap).tanh() * self.softcap)
+        elif self.softcap is not None:
             logits_CB.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits_CB
 

@@ -27,6 +27,8 @@ ROW_CHUNK_ELEMENTS = 3 * 2**21
 STREAM_BLOCK = 2048
 STREAM_TOKENS = 256
 """Logits exponentiated at a time (2 MiB in float32): small enough to stay in cache."""
+FAR_BELOW = -1e4
+"""Nats below which a probability is 0 in any precision; stands in for -inf where -inf times 0 would be NaN."""
 GRAD_BLOCK = 1536
 GRAD_TOKENS = 2048
 """The backward pass holds GRAD_TOKENS x GRAD_BLOCK logits (12 MiB in float32)."""
@@ -61,25 +63,30 @@ class _Reducer:
     come (Milakov and Gimelshein, arXiv 1805.02867), so that a row is never needed whole.
     """
 
-    def __init__(self, targets_C: Tensor, dist: Distribution, dtype: torch.dtype, cut_C: Tensor | None) -> None:
+    def __init__(self, targets_C: Tensor, dist: Distribution, head: Head, cut_C: Tensor | None) -> None:
+        dtype = head.logits_dtype
+        self.masked = head.bias_V is not None  # a bias may mask padded vocabulary with -inf
+
         def zeros() -> Tensor:
             return torch.zeros(targets_C.shape, dtype=dtype, device=targets_C.device)
 
         self.targets_C, self.dist, self.cut_C = targets_C, dist, cut_C
         self.inverse_temperature = 1 / dist.temperature
-        self.top_C = torch.full_like(zeros(), -torch.inf)
-        self.dropped_C = self.top_C
+        self.top_C = torch.full_like(zeros(), torch.finfo(dtype).min)
+        self.dropped_C = torch.full_like(zeros(), -torch.inf)
         self.sum_C, self.moment_C, self.chosen_C, self.full_C, self.kept_C = (zeros() for _ in range(5))
 
     def update(self, logits_CB: Tensor, start: int, scratch_CB: Tensor) -> None:
         """Add vocabulary entries start.. ; `scratch_CB` is overwritten."""
         top_C = torch.maximum(self.top_C, logits_CB.amax(1))
-        drop_C = ((self.top_C - top_C) * self.inverse_temperature).clamp_min(-1e4)
+        drop_C = ((self.top_C - top_C) * self.inverse_temperature).clamp_min(FAR_BELOW)
         rescale_C = drop_C.exp()
         self.moment_C = (self.moment_C + self.sum_C * drop_C) * rescale_C
         shifted_CB = torch.sub(logits_CB, top_C[:, None], out=scratch_CB)
         if self.inverse_temperature != 1:
             shifted_CB.mul_(self.inverse_temperature)
+        if self.masked:
+            shifted_CB.clamp_min_(FAR_BELOW)
         weight_CB = shifted_CB.exp()
         if self.cut_C is not None:
             self.full_C = self.full_C * rescale_C + weight_CB.sum(1)
@@ -147,9 +154,7 @@ def _stream(
     total = len(targets_T)
     hidden_TD = hidden_TD.to(head.matmul_dtype)
     firsts = range(0, total, STREAM_TOKENS)
-    reducers = [
-        [_Reducer(targets_T[f : f + STREAM_TOKENS], dist, head.logits_dtype, None) for f in firsts] for dist in dists
-    ]
+    reducers = [[_Reducer(targets_T[f : f + STREAM_TOKENS], dist, head, None) for f in firsts] for dist in dists]
     shape = (min(total, STREAM_TOKENS), min(head.vocab_size, STREAM_BLOCK))
     logits = torch.empty(shape, dtype=head.logits_dtype, device=hidden_TD.device)
     scratch = torch.empty_like(logits)
@@ -181,7 +186,7 @@ def _rows(
         for part, dist in zip(parts, dists, strict=True):
             with _penalised(logits_CV, dist, seen, (first, 0)):
                 ranked_CK = ranked(logits_CV) if dist.penalises or plain_CK is None else plain_CK
-                reducer = _Reducer(targets_C, dist, head.logits_dtype, kept_cut(logits_CV, ranked_CK, dist))
+                reducer = _Reducer(targets_C, dist, head, kept_cut(logits_CV, ranked_CK, dist))
                 for start in range(0, vocab, STREAM_BLOCK):
                     block_CB = logits_CV[:, start : start + STREAM_BLOCK]
                     reducer.update(block_CB, start, scratch[: len(targets_C), : block_CB.shape[1]])
@@ -226,6 +231,7 @@ class _ChosenLogprob(torch.autograd.Function):
     """Logprob and entropy with a backward pass that recomputes logits one vocabulary block at a time."""
 
     @staticmethod
+    @torch.autocast("cpu", enabled=False)
     def forward(
         ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_T: Tensor,
         head: Head, dist: Distribution, seen: SeenTokens | None,
@@ -238,6 +244,7 @@ class _ChosenLogprob(torch.autograd.Function):
         return rows.logprobs_T, rows.entropy_T, rows.log_kept_mass_T, rows.kept_T, rows.top_logprobs_T
 
     @staticmethod
+    @torch.autocast("cpu", enabled=False)
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_logprob_T, grad_entropy_T = grads[:2]
         hidden_TD, weight_VD, bias_V, targets_T, lse_T, cut_T, entropy_T = ctx.saved_tensors
@@ -252,8 +259,8 @@ class _ChosenLogprob(torch.autograd.Function):
         grad_weight = torch.empty_like(weight_VD) if wants_weight else None
         grad_bias = torch.empty_like(bias_V) if wants_bias else None
         for start, stop, weight_BD in head.weight_blocks(GRAD_BLOCK):
-            block_weight = torch.zeros(weight_BD.shape, dtype=head.logits_dtype) if wants_weight else None
-            block_bias = torch.zeros(stop - start, dtype=head.logits_dtype) if wants_bias else None
+            block_weight = torch.zeros_like(weight_BD, dtype=head.logits_dtype) if wants_weight else None
+            block_bias = weight_BD.new_zeros(stop - start, dtype=head.logits_dtype) if wants_bias else None
             for first in range(0, len(targets_T), GRAD_TOKENS):
                 tokens = slice(first, first + GRAD_TOKENS)
                 logits_CB = head.finish(head.product(working[tokens], weight_BD), start, stop)
@@ -261,7 +268,7 @@ class _ChosenLogprob(torch.autograd.Function):
                     logits_CB, (first, start), ctx.dist, ctx.seen, targets_T[tokens], lse_T[tokens], cut_T[tokens],
                     grad_logprob_T[tokens],
                     None if grad_entropy_T is None else (grad_entropy_T[tokens], entropy_T[tokens]),
-                    keep_logits=head.softcap is not None,
+                    keep_logits=head.softcap is not None, masked=head.bias_V is not None,
                 )  # fmt: skip
                 grad_CB = head.finish_grad(grad_CB, logits_CB)
                 if block_bias is not None:
@@ -289,6 +296,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 def _grad_block(
     logits_CB: Tensor, corner: tuple[int, int], dist: Distribution, seen: SeenTokens | None, targets_C: Tensor,
     lse_C: Tensor, cut_C: Tensor, grad_logprob_C: Tensor, entropy: tuple[Tensor, Tensor] | None, *, keep_logits: bool,
+    masked: bool,
 ) -> Tensor:  # fmt: skip
     """Gradient by the finished logits of one block: g (1[v = chosen] - p_v) - g_H p_v (log p_v + H), over T."""
     inverse_temperature = 1 / dist.temperature
@@ -301,6 +309,8 @@ def _grad_block(
         penalised_CB[where], slope_N = penalise(penalised_CB[where], count, dist)
     outside_CB = penalised_CB < cut_C[:, None] if dist.truncates else None
     logprob_CB = penalised_CB.mul_(inverse_temperature).sub_(lse_C[:, None])
+    if masked:
+        logprob_CB.clamp_min_(FAR_BELOW)
     if entropy is None:
         grad_CB = logprob_CB.exp_().mul_(-grad_logprob_C[:, None])
     else:

@@ -108,8 +108,8 @@ class SeenTokens:
                 continue
             completion = targets_T[index]
             vocabulary, inverse = torch.unique(torch.cat([prompt.to(completion), completion]), return_inverse=True)
-            one_hot = torch.zeros(len(index), len(vocabulary))
-            one_hot[torch.arange(len(index)), inverse[len(prompt) :]] = 1
+            one_hot = torch.zeros(len(index), len(vocabulary), device=targets_T.device)
+            one_hot[torch.arange(len(index), device=index.device), inverse[len(prompt) :]] = 1
             count = one_hot.cumsum(0) - one_hot
             seen = count > 0
             seen[:, inverse[: len(prompt)]] = True
@@ -123,7 +123,7 @@ class SeenTokens:
 
     def block(self, tokens: tuple[int, int], vocab: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         """Return (row, column, count) of the entries inside a block, relative to its corner."""
-        low, high = torch.searchsorted(self.id_N, torch.tensor(vocab)).tolist()
+        low, high = torch.searchsorted(self.id_N, torch.tensor(vocab, device=self.id_N.device)).tolist()
         token_N = self.token_N[low:high]
         inside = (token_N >= tokens[0]) & (token_N < tokens[1])
         return token_N[inside] - tokens[0], self.id_N[low:high][inside] - vocab[0], self.count_N[low:high][inside]

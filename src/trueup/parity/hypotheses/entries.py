@@ -12,6 +12,7 @@ from trueup.parity.hypotheses import Hypothesis, Variant
 
 GRIDS = ("1 decimals", "2 decimals", "3 decimals", "4 decimals", "bf16", "fp16")
 PLACEHOLDER_REPEATS = 3
+GRID_VALUES = 16
 SENTINEL = -900.0
 """Nothing a language model samples has a logprob below this; -999 and -9999 are fill values."""
 
@@ -27,6 +28,7 @@ def placeholders(evidence: Evidence) -> dict[float, int]:
     A value counts when it repeats exactly and could not be a logprob there: positive, below any sentinel, or exactly
     0.0 at a token whose kept set holds more than one token and whose own probability is not 1.
     """
+    evidence = evidence.everything
     engine_T = evidence.tokens.engine_T
     scores = evidence.scores(ENGINE, evidence.case.processed)
     certain_T = (scores.kept_T == 1) | (scores.logprobs_T > -1e-3)
@@ -38,7 +40,7 @@ def placeholders(evidence: Evidence) -> dict[float, int]:
 def _placeholder(evidence: Evidence, model: EngineModel) -> list[Variant]:
     if model.constant is not None:
         return []
-    total = len(evidence.tokens)
+    total = len(evidence.everything.tokens)
     return [
         Variant(
             model=replace(model, constant=value),
@@ -48,14 +50,23 @@ def _placeholder(evidence: Evidence, model: EngineModel) -> list[Variant]:
     ]
 
 
+def _distinct(evidence: Evidence) -> torch.Tensor:
+    values = evidence.everything.tokens.engine_T
+    return torch.unique(values[torch.isfinite(values) & (values.abs() > 1e-3)])
+
+
+def _grid_unseeable(evidence: Evidence) -> str | None:
+    distinct = len(_distinct(evidence))
+    return None if distinct >= GRID_VALUES else f"{distinct} distinct values are too few to tell a grid from chance"
+
+
 def grid_of(evidence: Evidence) -> str | None:
     """Return the coarsest transport grid that every engine value lies on, or None.
 
     Needs enough distinct values that lying on the grid by chance is out of the question.
     """
-    values = evidence.tokens.engine_T
-    distinct = torch.unique(values[torch.isfinite(values) & (values.abs() > 1e-3)])
-    if len(distinct) < 20:
+    distinct = _distinct(evidence)
+    if len(distinct) < GRID_VALUES:
         return None
     for grid in GRIDS:
         if bool(((snap(distinct, grid) - distinct).abs() <= 1e-9 * distinct.abs().clamp_min(1.0)).all()):
@@ -91,5 +102,6 @@ HYPOTHESES = (
         title="logprobs are rounded in transport",
         fix="carry logprobs as float32 with all digits",
         variants=_transport_grid,
+        unseeable=_grid_unseeable,
     ),
 )
