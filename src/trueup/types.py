@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 
-from trueup.errors import RecordError, nearest
+from trueup.errors import RecordError
 
 MAX_REAL = 1e30
 MAX_TEMPERATURE = 100.0
@@ -129,11 +129,32 @@ class SamplingParams:
 
 SAMPLING_FIELDS = tuple(f.name for f in fields(SamplingParams))
 SHAPING_FIELDS = frozenset(
-    {"logit_bias", "min_tokens", "bad_words", "allowed_token_ids", "logits_processors", "guided_decoding",
-     "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "response_format", "typical_p",
-     "top_a", "epsilon_cutoff", "eta_cutoff", "mirostat_mode", "dry_multiplier", "xtc_probability", "length_penalty",
-     "use_beam_search", "thinking_token_budget", "repetition_detection"}
-)  # fmt: skip
+    {
+        "logit_bias",
+        "min_tokens",
+        "bad_words",
+        "allowed_token_ids",
+        "logits_processors",
+        "guided_decoding",
+        "guided_json",
+        "guided_regex",
+        "guided_choice",
+        "guided_grammar",
+        "response_format",
+        "typical_p",
+        "structured_outputs",
+        "top_a",
+        "epsilon_cutoff",
+        "eta_cutoff",
+        "mirostat_mode",
+        "dry_multiplier",
+        "xtc_probability",
+        "length_penalty",
+        "use_beam_search",
+        "thinking_token_budget",
+        "repetition_detection",
+    }
+)
 """Request fields that change the distribution of a token and are not modelled; any other unknown field is inert."""
 
 
@@ -161,22 +182,6 @@ def parse_sampling(fields_given: Mapping[str, object]) -> tuple[SamplingParams, 
         return SamplingParams(**known), tuple(sorted(unmodelled))  # type: ignore[arg-type]
     except TypeError as error:
         raise RecordError(f"sampling: {error}") from None
-
-
-def parse_sampling_assignments(text: str) -> SamplingParams:
-    """Parse "temperature=0.7,top_p=0.9" (the `--sampling` option). Raises RecordError, naming the nearest field."""
-    given: dict[str, object] = {}
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        name, sign, value = part.partition("=")
-        if not sign:
-            raise RecordError(f"--sampling: expected name=value, got {part!r}")
-        if name not in SAMPLING_FIELDS or name == "stop":
-            raise RecordError(f"--sampling: unknown field {name!r}{nearest(name, SAMPLING_FIELDS)}")
-        try:
-            given[name] = int(value) if name in ("top_k", "max_tokens", "seed") else float(value)
-        except ValueError:
-            raise RecordError(f"--sampling: {name} must be a number, not {value!r}") from None
-    return parse_sampling(given)[0]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,7 +17,6 @@ from trueup.types import (
     RolloutGroup,
     SamplingParams,
     parse_sampling,
-    parse_sampling_assignments,
 )
 
 PROMPT = Prompt(prompt_id="p", task="t", token_ids=(1, 2))
@@ -83,13 +82,6 @@ def test_sampling_is_read_as_an_engine_reads_it():
     )
     assert params == SamplingParams(temperature=0.7) and unmodelled == ("logit_bias",)
     assert parse_sampling({"logit_bias": {}, "min_tokens": 0, "stream": True, "user": "me"})[1] == ()
-    assert parse_sampling_assignments("temperature=0.7, top_p=0.9,top_k=20") == SamplingParams(
-        temperature=0.7, top_p=0.9, top_k=20
-    )
-    with pytest.raises(RecordError, match="did you mean 'temperature'"):
-        parse_sampling_assignments("temprature=1")
-    with pytest.raises(RecordError, match="must be a number"):
-        parse_sampling_assignments("top_p=high")
 
 
 GOOD = {
