@@ -236,7 +236,10 @@ class TraceChecker:
         ruled_out = sorted(set.intersection(*(set(r.ruled_out) for r in reports)) if reports else set(), key=_order)
         named = {c.id for c in causes}
         tested = {i for r in reports for i in r.ruled_out} | named
-        untested = {i: w for r in reports for i, w in r.untested.items() if i not in tested} | LOG_CANNOT_SHOW
+        reasons: dict[str, dict[str, None]] = {}
+        for cause_id, why in (item for r in reports for item in r.untested.items() if item[0] not in tested):
+            reasons.setdefault(cause_id, {})[why] = None
+        untested = {i: ", or ".join(why) for i, why in reasons.items()} | LOG_CANNOT_SHOW
         advice = {
             (a.id, a.message): a.as_dict()
             for s in settings
