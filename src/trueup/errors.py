@@ -30,6 +30,18 @@ class NumericsError(TrueupError):
     """Non-finite or empty input where a number was asked for."""
 
 
+class WeightError(TrueupError):
+    """A weight snapshot is incomplete, damaged, of another model, or outside the allowed folder."""
+
+
+class EngineError(TrueupError):
+    """A rollout engine refused a request, is not reachable, or cannot be set up."""
+
+
+class UnsupportedByEngine(EngineError):
+    """The engine does not declare the capability that was asked for."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return " (did you mean 'x'?)" for the known name closest to `name`, or "" if none is close."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

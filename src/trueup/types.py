@@ -15,6 +15,8 @@ MAX_REAL = 1e30
 MAX_TEMPERATURE = 100.0
 MIN_TEMPERATURE = 1e-3
 """Lowest temperature above 0 (greedy) that is sampled at; vLLM raises anything lower to 0.01."""
+ROW_TILE = 16
+"""Rows of a matrix product in bitwise mode, in the body and in the head."""
 LOGPROB_SLACK = 1e-4
 """A logprob may exceed 0 by this many nats (float32 rounding of logit minus logsumexp), never by more."""
 
@@ -199,12 +201,33 @@ class Prompt:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CacheLife:
+    """One life of a rollout's cache, from a clearing (or the start) to the next one.
+
+    Completion tokens from `first_token` on attended to it. `runs` are (weight version, number of positions) of the keys
+    and values in it, from position 0 of the prompt on.
+    """
+
+    first_token: int
+    runs: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        _require(is_integer(self.first_token) and self.first_token >= 0, "first_token must be an integer >= 0")
+        _require(
+            all(is_integer(v) and v >= 0 and is_integer(n) and n > 0 for v, n in self.runs),
+            "cache runs must be (version >= 0, positions > 0)",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
     """One completion as the engine produced it, every per-token array of the completion's length T.
 
     `behaviour_logprobs` (nats) are what the engine reported, of the kind `logprob_kind`; `raw_logprobs` the same at
-    T=1 without processing, where the engine gives both. `weight_versions[t]` made token t. Misaligned, empty or
-    non-finite input raises RecordError: such a rollout never enters training.
+    T=1 without processing and `log_kept_masses` the log of the mass that top-p and the like kept, where the engine
+    gives them. `weight_versions[t]` made token t; `cache_lives` say which versions wrote the keys and values it saw,
+    where the engine knows. Misaligned, empty or non-finite input raises RecordError: such a rollout never enters
+    training.
     """
 
     prompt: Prompt
@@ -216,17 +239,19 @@ class Rollout:
     finish_reason: str
     engine: str
     raw_logprobs: tuple[float, ...] | None = None
+    log_kept_masses: tuple[float, ...] | None = None
     kv: KVState = KVState.UNKNOWN
+    cache_lives: tuple[CacheLife, ...] = ()
 
     def __post_init__(self) -> None:
         count = len(self.token_ids)
         _require(count > 0, "a rollout needs at least one completion token")
         _require_ids("completion token_ids", self.token_ids)
-        for name in ("behaviour_logprobs", "weight_versions", "raw_logprobs"):
+        for name in ("behaviour_logprobs", "weight_versions", "raw_logprobs", "log_kept_masses"):
             values = getattr(self, name)
             if values is not None:
                 _require(len(values) == count, f"{name} has {len(values)} entries for {count} completion tokens")
-        for name in ("behaviour_logprobs", "raw_logprobs"):
+        for name in ("behaviour_logprobs", "raw_logprobs", "log_kept_masses"):
             values = getattr(self, name)
             if values is not None:
                 _require(

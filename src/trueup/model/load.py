@@ -36,6 +36,7 @@ class LoadedModel:
     softcap: float | None
     logit_scale: float
     tied: bool
+    bitwise: bool = False
 
     @property
     def vocab_size(self) -> int:
@@ -46,6 +47,15 @@ class LoadedModel:
     def max_positions(self) -> int | None:
         """Longest sequence the configuration allows, if it says."""
         return getattr(self.lm.config, "max_position_embeddings", None)
+
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that a published version holds: every parameter and buffer, a tied head once."""
+        state: dict[str, Tensor] = dict(self.lm.state_dict())
+        if self.tied:
+            owner = self.lm.get_input_embeddings().weight.data_ptr()
+            embedding = next(name for name, tensor in state.items() if tensor.data_ptr() == owner)
+            state = {n: t for n, t in state.items() if n == embedding or t.data_ptr() != owner}
+        return state
 
 
 def _files(path: Path) -> list[Path]:

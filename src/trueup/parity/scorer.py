@@ -108,10 +108,7 @@ class Scorer:
         """The checkpoint's head at a source's matmul precision."""
         arithmetic = self._arithmetic(source)
         if arithmetic.body not in self._heads:
-            loaded = self.model(arithmetic.body)
-            self._heads[arithmetic.body] = Head(
-                weight_VD=loaded.weight_VD, bias_V=loaded.bias_V, softcap=loaded.softcap, scale=loaded.logit_scale
-            )
+            self._heads[arithmetic.body] = Head.of(self.model(arithmetic.body), torch.float32)
         return self._heads[arithmetic.body].at(arithmetic.head)
 
     def _score(

@@ -11,14 +11,47 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from trueup.errors import ModelError
+from trueup.types import ROW_TILE
 
 CAST_BLOCK = 4096
 """Vocabulary rows cast at a time when the weight is not stored in the matmul's dtype."""
+STREAM_BLOCK = 2048
+"""Vocabulary entries reduced at a time, and the width of every product in bitwise mode."""
+
+
+class HeadParts(Protocol):
+    """What a loaded model offers to make a head of."""
+
+    @property
+    def weight_VD(self) -> Tensor:
+        """Head weight, or the tied embedding."""
+        ...
+
+    @property
+    def bias_V(self) -> Tensor | None:
+        """Optional bias."""
+        ...
+
+    @property
+    def softcap(self) -> float | None:
+        """Optional soft-cap of the logits."""
+        ...
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor on the logits."""
+        ...
+
+    @property
+    def bitwise(self) -> bool:
+        """Whether products are taken in tiles of rows."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +60,8 @@ class Head:
 
     `weight_VD` may be the tied embedding; `bias_V` and `softcap` (logits become c tanh(z / c), Gemma 2, arXiv
     2408.00118, section 2) are optional; `scale` multiplies the logits before the soft-cap. `matmul_dtype` is float32
-    (fp32 head), bfloat16 (bf16 head: logits rounded to bfloat16) or float64 (reference).
+    (fp32 head), bfloat16 (bf16 head: logits rounded to bfloat16) or float64 (reference). `tiled` (bitwise mode) takes
+    every product 16 rows by STREAM_BLOCK columns, so that a row's logits do not depend on its neighbours.
     """
 
     weight_VD: Tensor
@@ -35,6 +69,19 @@ class Head:
     softcap: float | None = None
     scale: float = 1.0
     matmul_dtype: torch.dtype = torch.float32
+    tiled: bool = False
+
+    @classmethod
+    def of(cls, parts: HeadParts, matmul_dtype: torch.dtype) -> Head:
+        """Return the head of a loaded model, multiplying in `matmul_dtype`."""
+        return cls(
+            weight_VD=parts.weight_VD,
+            bias_V=parts.bias_V,
+            softcap=parts.softcap,
+            scale=parts.logit_scale,
+            matmul_dtype=matmul_dtype,
+            tiled=parts.bitwise,
+        )
 
     def __post_init__(self) -> None:
         if self.weight_VD.ndim != 2:
@@ -90,7 +137,13 @@ class Head:
         return grad_CB
 
     def product(self, hidden_CD: Tensor, weight_BD: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return hidden @ weight^T [C, B] in the logits dtype; both operands are in the matmul dtype already."""
+        """Return hidden @ weight^T [C, B] in the logits dtype; both operands are in the matmul dtype already.
+
+        A tiled head needs C to be a multiple of 16.
+        """
+        if self.tiled:
+            product = torch.cat([torch.mm(tile, weight_BD.T) for tile in hidden_CD.split(ROW_TILE)])
+            return product.to(self.logits_dtype) if out is None else out.copy_(product)
         if self.matmul_dtype != self.logits_dtype:
             product = torch.mm(hidden_CD, weight_BD.T)
             return product.to(self.logits_dtype) if out is None else out.copy_(product)
@@ -100,6 +153,7 @@ class Head:
         """Fill `out_CV` (logits dtype) with the finished logits of a chunk of tokens."""
         hidden_CD = hidden_CD.to(self.matmul_dtype)
         whole = self.weight_VD.dtype == self.matmul_dtype == out_CV.dtype
-        for start, stop, weight_BD in self.weight_blocks(self.vocab_size if whole else CAST_BLOCK):
+        block = STREAM_BLOCK if self.tiled else self.vocab_size if whole else CAST_BLOCK
+        for start, stop, weight_BD in self.weight_blocks(block):
             self.product(hidden_CD, weight_BD, out=out_CV[:, start:stop])
         return self.finish(out_CV, 0, self.vocab_size)

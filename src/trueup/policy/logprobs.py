@@ -9,115 +9,26 @@ entropies and masses are float32 (float64 for a float64 head), in nats.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trueup.errors import NumericsError
-from trueup.policy.head import Head
+from trueup.policy.head import STREAM_BLOCK, Head
 from trueup.policy.processing import Distribution, History, SeenTokens, kept_cut, penalise, ranked
-from trueup.types import LOGPROB_SLACK
+from trueup.policy.reduction import FAR_BELOW, Reducer, ScoredRows, TokenScores, concatenate, penalised
+from trueup.types import ROW_TILE
 
 ROW_CHUNK_ELEMENTS = 3 * 2**21
 """Logits held at once when whole rows are needed (24 MiB in float32)."""
-STREAM_BLOCK = 2048
 STREAM_TOKENS = 256
-"""Logits exponentiated at a time (2 MiB in float32): small enough to stay in cache."""
-FAR_BELOW = -1e4
-"""Nats below which a probability is 0 in any precision; stands in for -inf where -inf times 0 would be NaN."""
+"""Times STREAM_BLOCK: logits exponentiated at a time (2 MiB in float32), few enough to stay in cache."""
 GRAD_BLOCK = 1536
 GRAD_TOKENS = 2048
 """The backward pass holds GRAD_TOKENS x GRAD_BLOCK logits (12 MiB in float32)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenScores:
-    """What one distribution says of the chosen tokens, each [T] and in nats.
-
-    `logprobs_T` is -inf where the token is outside the kept set: count those, never fill them in. `entropy_T` is of
-    the same (kept, renormalised) distribution; `log_kept_mass_T` is log S <= 0, S the tempered mass of the kept set;
-    `kept_T` counts kept tokens; `top_logprobs_T` is the most likely token's logprob.
-    """
-
-    logprobs_T: Tensor
-    entropy_T: Tensor
-    log_kept_mass_T: Tensor
-    kept_T: Tensor
-    top_logprobs_T: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Rows(TokenScores):
-    lse_T: Tensor
-    cut_T: Tensor
-
-
-class _Reducer:
-    """Running log-sum-exp, entropy and mass of one chunk of tokens under one distribution.
-
-    Fed the finished, penalised logits of the vocabulary block by block, in order. The maximum is updated as blocks
-    come (Milakov and Gimelshein, arXiv 1805.02867), so that a row is never needed whole.
-    """
-
-    def __init__(self, targets_C: Tensor, dist: Distribution, head: Head, cut_C: Tensor | None) -> None:
-        dtype = head.logits_dtype
-        self.masked = head.bias_V is not None  # a bias may mask padded vocabulary with -inf
-
-        def zeros() -> Tensor:
-            return torch.zeros(targets_C.shape, dtype=dtype, device=targets_C.device)
-
-        self.targets_C, self.dist, self.cut_C = targets_C, dist, cut_C
-        self.inverse_temperature = 1 / dist.temperature
-        self.top_C = torch.full_like(zeros(), torch.finfo(dtype).min)
-        self.dropped_C = torch.full_like(zeros(), -torch.inf)
-        self.sum_C, self.moment_C, self.chosen_C, self.full_C, self.kept_C = (zeros() for _ in range(5))
-
-    def update(self, logits_CB: Tensor, start: int, scratch_CB: Tensor) -> None:
-        """Add vocabulary entries start.. ; `scratch_CB` is overwritten."""
-        top_C = torch.maximum(self.top_C, logits_CB.amax(1))
-        drop_C = ((self.top_C - top_C) * self.inverse_temperature).clamp_min(FAR_BELOW)
-        rescale_C = drop_C.exp()
-        self.moment_C = (self.moment_C + self.sum_C * drop_C) * rescale_C
-        shifted_CB = torch.sub(logits_CB, top_C[:, None], out=scratch_CB)
-        if self.inverse_temperature != 1:
-            shifted_CB.mul_(self.inverse_temperature)
-        if self.masked:
-            shifted_CB.clamp_min_(FAR_BELOW)
-        weight_CB = shifted_CB.exp()
-        if self.cut_C is not None:
-            self.full_C = self.full_C * rescale_C + weight_CB.sum(1)
-            inside_CB = logits_CB >= self.cut_C[:, None]
-            weight_CB *= inside_CB
-            self.kept_C += inside_CB.sum(1)
-            dropped_C = logits_CB.masked_fill(inside_CB, -torch.inf).amax(1)
-            self.dropped_C = torch.maximum(self.dropped_C, dropped_C)
-        self.sum_C = self.sum_C * rescale_C + weight_CB.sum(1)
-        self.moment_C += shifted_CB.mul_(weight_CB).sum(1)
-        self.top_C = top_C
-        local_C = self.targets_C - start
-        here_C = (local_C >= 0) & (local_C < logits_CB.shape[1])
-        found_C = logits_CB.gather(1, local_C.clamp(0, logits_CB.shape[1] - 1)[:, None])[:, 0]
-        self.chosen_C = torch.where(here_C, found_C, self.chosen_C)
-
-    def finish(self, vocab_size: int) -> _Rows:
-        """Return the scores once the whole vocabulary has been seen."""
-        log_sum_C = self.sum_C.log()
-        logprobs_C = (self.chosen_C - self.top_C) * self.inverse_temperature - log_sum_C
-        cut_C = torch.full_like(log_sum_C, -torch.inf) if self.cut_C is None else self.cut_C
-        return _Rows(
-            logprobs_T=logprobs_C.masked_fill(self.chosen_C < cut_C, -torch.inf),
-            entropy_T=log_sum_C - self.moment_C / self.sum_C,
-            log_kept_mass_T=torch.zeros_like(log_sum_C) if self.cut_C is None else log_sum_C - self.full_C.log(),
-            kept_T=(self.kept_C if self.cut_C is not None else torch.full_like(self.kept_C, vocab_size)).long(),
-            top_logprobs_T=-log_sum_C,
-            lse_T=self.top_C * self.inverse_temperature + log_sum_C,
-            # Halfway to the best dropped token: the backward pass's logits may differ in their last bits.
-            cut_T=(cut_C + self.dropped_C) / 2,
-        )
 
 
 def _check(hidden_TD: Tensor, head: Head, targets_T: Tensor) -> None:
@@ -138,23 +49,25 @@ def _check(hidden_TD: Tensor, head: Head, targets_T: Tensor) -> None:
         )
 
 
-def _concatenate(parts: Sequence[_Rows]) -> _Rows:
-    names = ("logprobs_T", "entropy_T", "log_kept_mass_T", "kept_T", "top_logprobs_T", "lse_T", "cut_T")
-    rows = _Rows(**{name: torch.cat([getattr(p, name) for p in parts]) for name in names})
-    if bool(torch.isnan(rows.lse_T).any()) or bool(torch.isinf(rows.lse_T).any()):
-        raise NumericsError("logits are not finite: the head weight or bias holds NaN or infinity")
-    assert float(rows.logprobs_T.max()) <= LOGPROB_SLACK, "a logprob came out above 0"
-    return rows
+def rows_at_once(vocab: int) -> int:
+    """How many whole rows of logits are held at a time: a multiple of 16, about 24 MiB in float32."""
+    return max(ROW_TILE, ROW_CHUNK_ELEMENTS // vocab // ROW_TILE * ROW_TILE)
+
+
+def pad_to_tiles(rows_T: Tensor) -> Tensor:
+    """Append zeros to the first dimension up to a multiple of 16."""
+    missing = -len(rows_T) % ROW_TILE
+    return torch.cat([rows_T, rows_T.new_zeros(missing, *rows_T.shape[1:])]) if missing else rows_T
 
 
 def _stream(
     hidden_TD: Tensor, head: Head, targets_T: Tensor, dists: Sequence[Distribution], seen: SeenTokens | None
-) -> list[_Rows]:
+) -> list[ScoredRows]:
     """Score under distributions without a kept set: vocabulary blocks outside, token chunks inside."""
     total = len(targets_T)
     hidden_TD = hidden_TD.to(head.matmul_dtype)
     firsts = range(0, total, STREAM_TOKENS)
-    reducers = [[_Reducer(targets_T[f : f + STREAM_TOKENS], dist, head, None) for f in firsts] for dist in dists]
+    reducers = [[Reducer(targets_T[f : f + STREAM_TOKENS], dist, head, None) for f in firsts] for dist in dists]
     shape = (min(total, STREAM_TOKENS), min(head.vocab_size, STREAM_BLOCK))
     logits = torch.empty(shape, dtype=head.logits_dtype, device=hidden_TD.device)
     scratch = torch.empty_like(logits)
@@ -165,18 +78,18 @@ def _stream(
             logits_CB = head.product(hidden_CD, weight_BD, out=logits[: size[0], : size[1]])
             head.finish(logits_CB, start, stop)
             for chunk, dist in zip(reducers, dists, strict=True):
-                with _penalised(logits_CB, dist, seen, (first, start)):
+                with penalised(logits_CB, dist, seen, (first, start)):
                     chunk[index].update(logits_CB, start, scratch[: size[0], : size[1]])
-    return [_concatenate([r.finish(head.vocab_size) for r in chunk]) for chunk in reducers]
+    return [concatenate([r.finish(head.vocab_size) for r in chunk]) for chunk in reducers]
 
 
 def _rows(
     hidden_TD: Tensor, head: Head, targets_T: Tensor, dists: Sequence[Distribution], seen: SeenTokens | None
-) -> list[_Rows]:
+) -> list[ScoredRows]:
     """Score under distributions with a kept set, which need a token's whole row of logits at once."""
-    parts: list[list[_Rows]] = [[] for _ in dists]
+    parts: list[list[ScoredRows]] = [[] for _ in dists]
     total, vocab = len(targets_T), head.vocab_size
-    size = min(total, max(1, ROW_CHUNK_ELEMENTS // vocab))
+    size = min(total, rows_at_once(vocab))
     buffer = torch.empty(size, vocab, dtype=head.logits_dtype, device=hidden_TD.device)
     scratch = torch.empty(size, min(vocab, STREAM_BLOCK), dtype=head.logits_dtype, device=hidden_TD.device)
     for first in range(0, total, size):
@@ -184,39 +97,28 @@ def _rows(
         logits_CV = head.logits_into(hidden_TD[first : first + size], buffer[: len(targets_C)])
         plain_CK = None if all(d.penalises for d in dists) else ranked(logits_CV)
         for part, dist in zip(parts, dists, strict=True):
-            with _penalised(logits_CV, dist, seen, (first, 0)):
+            with penalised(logits_CV, dist, seen, (first, 0)):
                 ranked_CK = ranked(logits_CV) if dist.penalises or plain_CK is None else plain_CK
-                reducer = _Reducer(targets_C, dist, head, kept_cut(logits_CV, ranked_CK, dist))
+                reducer = Reducer(targets_C, dist, head, kept_cut(logits_CV, ranked_CK, dist))
                 for start in range(0, vocab, STREAM_BLOCK):
                     block_CB = logits_CV[:, start : start + STREAM_BLOCK]
                     reducer.update(block_CB, start, scratch[: len(targets_C), : block_CB.shape[1]])
             part.append(reducer.finish(vocab))
-    return [_concatenate(p) for p in parts]
-
-
-@contextmanager
-def _penalised(logits: Tensor, dist: Distribution, seen: SeenTokens | None, corner: tuple[int, int]) -> Iterator[None]:
-    """Apply a distribution's penalties to a block in place for as long as the context lasts."""
-    if not dist.penalises:
-        yield
-        return
-    assert seen is not None
-    row, column, count = seen.block((corner[0], corner[0] + logits.shape[0]), (corner[1], corner[1] + logits.shape[1]))
-    plain_N = logits[row, column]
-    logits[row, column] = penalise(plain_N, count, dist)[0]
-    yield
-    logits[row, column] = plain_N
+    return [concatenate(p) for p in parts]
 
 
 def _score_all(
     hidden_TD: Tensor, head: Head, targets_T: Tensor, dists: Sequence[Distribution], seen: SeenTokens | None
-) -> list[_Rows]:
-    scored: dict[Distribution, _Rows] = {}
+) -> list[ScoredRows]:
+    count = len(targets_T)
+    if head.tiled:
+        hidden_TD, targets_T = pad_to_tiles(hidden_TD), pad_to_tiles(targets_T)
+    scored: dict[Distribution, ScoredRows] = {}
     for truncates, score in ((False, _stream), (True, _rows)):
         kind = [d for d in dict.fromkeys(dists) if d.truncates == truncates]
         if kind:
             scored.update(zip(kind, score(hidden_TD, head, targets_T, kind, seen), strict=True))
-    return [scored[d] for d in dists]
+    return [scored[d].first(count) for d in dists]
 
 
 def _seen(history: History | None, targets_T: Tensor, dists: Sequence[Distribution]) -> SeenTokens | None:
@@ -252,7 +154,7 @@ class _ChosenLogprob(torch.autograd.Function):
             return (None,) * 7
         if grad_logprob_T is None:
             grad_logprob_T = torch.zeros_like(lse_T)
-        head: Head = ctx.head
+        head: Head = replace(ctx.head, tiled=False)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         working = hidden_TD.to(head.matmul_dtype)
         grad_hidden = torch.zeros_like(hidden_TD, dtype=head.logits_dtype) if wants_hidden else None

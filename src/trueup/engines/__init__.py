@@ -1,0 +1,1 @@
+"""Rollout engines behind one protocol: the embedded one, any OpenAI-compatible server, and vLLM."""

@@ -1,0 +1,1 @@
+"""The embedded engine: continuous batching wherever torch runs, stamped, verifiable, and bitwise on request."""

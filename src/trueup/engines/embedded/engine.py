@@ -1,0 +1,334 @@
+"""The embedded engine itself: a thread that takes steps, and the calls that other threads make into it.
+
+Everything that touches model, cache or scheduler happens in the engine's own thread between two steps; other threads
+hand in functions and wait for their result. Loading and verifying new weights happens in the caller's thread, beside
+the steps; only the swap stands between two of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from trueup.engines.base import (
+    DEFAULT_TIMEOUT_S,
+    EngineCapabilities,
+    EngineStatus,
+    GenerationRequest,
+    PauseMode,
+    Result,
+    Scores,
+    UpdateReceipt,
+)
+from trueup.engines.embedded.loop import StepLoop
+from trueup.engines.embedded.runner import PolicyRunner
+from trueup.engines.embedded.scheduler import Group
+from trueup.engines.embedded.scheduler import Sequence as EngineSequence
+from trueup.engines.embedded.tokens import Tokens
+from trueup.errors import EngineError, TrueupError, WeightError
+from trueup.model.bitwise import arithmetic
+from trueup.model.load import load_model
+from trueup.model.packed import open_policy
+from trueup.model.scoring import ScoredRow
+from trueup.policy.draw import sample_seed
+from trueup.types import LogprobKind
+from trueup.weights.snapshot import check_fits_model, dtype_name, manifest_of
+from trueup.weights.store import load_tensors, open_snapshot
+
+NAME = "embedded"
+IDLE_POLL_S = 0.5
+CLOSE_TIMEOUT_S = 30.0
+CAPABILITIES = EngineCapabilities(
+    logprob_kinds=frozenset({LogprobKind.PROCESSED, LogprobKind.RAW}),
+    raw_logprobs=True,
+    kept_mass=True,
+    seeds=True,
+    scores=True,
+    pause_modes=frozenset(PauseMode),
+    updates=True,
+    clears_cache=True,
+    keeps_cache=True,
+    weight_versions=True,
+    cache_lives=True,
+)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineOptions:
+    """How an embedded engine is set up. `max_length` None: what the model allows, at most 2,048."""
+
+    dtype: torch.dtype = torch.bfloat16
+    head_dtype: torch.dtype = torch.float32
+    slots: int = 64
+    max_length: int | None = None
+    step_tokens: int = 1024
+    prefix_cache: bool = True
+    prefix_tokens: int = 65536
+    bitwise: bool = False
+    weights_root: Path | None = None
+
+
+class EmbeddedEngine:
+    """See engines/base.py for the protocol. `submit` is `generate` without waiting."""
+
+    def __init__(self, path: Path, options: EngineOptions | None = None) -> None:
+        """Load a Hugging Face checkpoint as weight version 0 and start the engine's thread.
+
+        Raises ModelError when the checkpoint cannot be served.
+        """
+        options = options or EngineOptions()
+        self.name, self.options, self.path = NAME, options, path
+        model = open_policy(load_model(path, dtype=options.dtype), bitwise=options.bitwise)
+        self.capabilities = replace(CAPABILITIES, bitwise=options.bitwise)
+        self.tokens = Tokens(path, model)
+        limit = min(model.max_positions or 2048, options.max_length or 2048)
+        self._runner = PolicyRunner.of(model, slots=options.slots, capacity=limit, head_dtype=options.head_dtype)
+        self._loop = StepLoop(self._runner, self.tokens, options, limit)
+        self._arithmetic = arithmetic() if options.bitwise else None
+        self._digests = {0: manifest_of(0, model.stored_tensors()).digest}
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._updating = threading.Lock()
+        self._group_ids = itertools.count()
+        self._failure: str | None = None
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="trueup-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def max_length(self) -> int:
+        """Longest prompt and completion together, in tokens."""
+        return self._loop.max_length
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids below this are known to the model."""
+        return self._runner.model.vocab_size
+
+    def submit(
+        self, request: GenerationRequest, *, on_token: Callable[[EngineSequence], None] | None = None
+    ) -> tuple[int, Future[list[Result]]]:
+        """Queue a request and return (its id, for `abort`; the future of its n completions).
+
+        `on_token` is called in the engine's thread after each token. Raises EngineError for a request that can never
+        run.
+        """
+        self._check_ids(request.prompt.token_ids)
+        length = len(request.prompt.token_ids)
+        wanted = request.sampling.max_tokens
+        if length + (wanted or 1) > self.max_length:
+            raise EngineError(
+                f"prompt of {length} tokens and {wanted or 1} to generate exceed the engine's {self.max_length}; "
+                "shorten the request or start the engine with a larger max_length"
+            )
+        self.tokens.check(request)
+        seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(62)
+        group_id = next(self._group_ids)
+        members = [
+            EngineSequence(
+                group=group_id,
+                sample=sample,
+                tokens=list(request.prompt.token_ids),
+                prompt_tokens=length,
+                sampling=replace(request.sampling, seed=sample_seed(seed, sample)),
+                max_tokens=wanted or self.max_length - length,
+                ignore_eos=request.ignore_eos,
+                on_token=on_token,
+            )
+            for sample in range(request.n)
+        ]
+        group = Group(id=group_id, request=request, members=members, unfinished=request.n)
+        future: Future[list[Result]] = Future()
+        self._post(lambda: self._loop.add(group, future))
+        return group_id, future
+
+    def generate(
+        self, requests: Sequence[GenerationRequest], *, timeout_s: float = DEFAULT_TIMEOUT_S
+    ) -> list[list[Result]]:
+        """See Engine.generate. Raises EngineError when the time is over; the requests are aborted then."""
+        for request in requests:
+            self._check_ids(request.prompt.token_ids)
+        submitted = [self.submit(request) for request in requests]
+        return self._collect(submitted, timeout_s)
+
+    def score(self, rows: Sequence[ScoredRow], *, timeout_s: float = DEFAULT_TIMEOUT_S) -> list[Scores]:
+        """See Engine.score: rows run through the same steps as generation. Raises EngineError."""
+        submitted: list[tuple[int, Future[Any]]] = []
+        for row in rows:
+            self._check_ids(row.prompt_ids + row.completion_ids)
+            if not row.prompt_ids or not row.completion_ids:
+                raise EngineError("a row to score needs a prompt and a completion")
+            if len(row) > self.max_length:
+                raise EngineError(f"a row of {len(row)} tokens exceeds the engine's {self.max_length}")
+            group_id = next(self._group_ids)
+            member = EngineSequence(
+                group=group_id,
+                sample=0,
+                tokens=list((row.prompt_ids + row.completion_ids)[:-1]),
+                prompt_tokens=len(row.prompt_ids),
+                sampling=None,
+            )
+            group = Group(id=group_id, request=None, members=[member], unfinished=1)
+            future: Future[Any] = Future()
+            self._post(lambda g=group, r=row, f=future: self._loop.add_row(g, r, f))  # type: ignore[misc]
+            submitted.append((group_id, future))
+        return [result for results in self._collect(submitted, timeout_s) for result in results]
+
+    def abort(self, group_id: int) -> None:
+        """End a request's completions with finish_reason "abort"; harmless if it is done."""
+        self._post(lambda: self._loop.abort(group_id))
+
+    def pause(self, mode: PauseMode = PauseMode.KEEP, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        """See Engine.pause. Raises EngineError when the running requests do not end in time."""
+        stopped: Future[None] = Future()
+        self._post(lambda: self._loop.pause(mode, stopped))
+        self._wait(stopped, timeout_s, f"pause ({mode})")
+
+    def resume(self) -> None:
+        """See Engine.resume."""
+        self._call(self._loop.resume)
+
+    def clear_cache(self) -> None:
+        """Forget every key and value: running sequences are computed again, prefixes are dropped."""
+        self._call(self._loop.clear_cache)
+
+    def update_weights(self, path: Path, *, clear_cache: bool, timeout_s: float = DEFAULT_TIMEOUT_S) -> UpdateReceipt:
+        """See Engine.update_weights. Raises WeightError, or EngineError when another update does not end in time."""
+        if not self._updating.acquire(timeout=timeout_s):
+            raise EngineError(f"another update has not ended within {timeout_s:g} s")
+        try:
+            start = time.perf_counter()
+            snapshot = open_snapshot(path, allowed=self.options.weights_root)
+            digest = snapshot.manifest.digest
+            if self._digests.get(snapshot.version, digest) != digest:
+                raise WeightError(
+                    f"version {snapshot.version} was served before with other weights: a stamp must name one set of "
+                    "weights; publish under a new number"
+                )
+            model = self._runner.model
+            expected = {n: tuple(t.shape) for n, t in model.stored_tensors().items()}
+            check_fits_model(snapshot.manifest, expected, model.dtype)
+            shadow = self._runner.shadow(load_tensors(snapshot))
+            load_s = time.perf_counter() - start
+            swapped = self._call(lambda: self._loop.swap(snapshot.version, shadow, clear_cache), timeout_s)
+            self._digests[snapshot.version] = digest
+        finally:
+            self._updating.release()
+        return UpdateReceipt(
+            engine=self.name,
+            version=snapshot.version,
+            previous_version=swapped.previous_version,
+            verified_by=("file_digest", "shadow"),
+            paused_s=swapped.paused_s,
+            load_s=load_s,
+            in_flight=swapped.in_flight,
+            kv="cleared" if clear_cache else "kept",
+        )
+
+    def status(self) -> EngineStatus:
+        """See Engine.status. Raises EngineError when the engine's thread has failed."""
+        loop, precision = self._loop, self.options
+        if self._failure is not None:
+            raise EngineError(self._failure)
+        return EngineStatus(
+            engine=self.name,
+            version=loop.version,
+            model_digest=self._digests.get(loop.version),
+            precision={
+                "body": dtype_name(precision.dtype),
+                "head": dtype_name(precision.head_dtype),
+            },
+            paused=loop.paused,
+            running=len(loop.scheduler.running),
+            waiting=len(loop.scheduler.waiting),
+            generated_tokens=loop.generated_tokens,
+            arithmetic=self._arithmetic,
+            details={
+                "slots": precision.slots,
+                "max_length": self.max_length,
+                "steps": loop.steps,
+                "prefill_tokens": loop.prefill_tokens,
+                "prefix_hit_tokens": loop.prefixes.hit_tokens,
+            },
+        )
+
+    def close(self) -> None:
+        """See Engine.close."""
+        if self._thread.is_alive():
+            self._closing = True
+            self._inbox.put(lambda: None)
+            self._thread.join(CLOSE_TIMEOUT_S)
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        if self._closing or self._failure is not None:
+            raise EngineError(self._failure or "the engine is closed")
+        if max(ids) >= self.vocab_size:
+            raise EngineError(f"token id {max(ids)} is outside the model's vocabulary of {self.vocab_size}")
+
+    def _collect(self, submitted: Sequence[tuple[int, Future[Any]]], timeout_s: float) -> list[Any]:
+        deadline = time.monotonic() + timeout_s
+        try:
+            return [self._wait(future, deadline - time.monotonic(), "generation") for _, future in submitted]
+        except EngineError:
+            for group_id, _ in submitted:
+                self.abort(group_id)
+            raise
+
+    def _post(self, function: Callable[[], None]) -> None:
+        if self._closing or self._failure is not None:
+            raise EngineError(self._failure or "the engine is closed")
+        self._inbox.put(function)
+
+    def _call(self, function: Callable[[], T], timeout_s: float = DEFAULT_TIMEOUT_S) -> T:
+        """Run a function between two steps and return its result."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except TrueupError as error:
+                future.set_exception(error)
+
+        self._post(run)
+        return self._wait(future, timeout_s, "the engine's answer")
+
+    @staticmethod
+    def _wait(future: Future[T], timeout_s: float, what: str) -> T:
+        try:
+            return future.result(timeout=max(timeout_s, 0.0))
+        except FutureTimeout:
+            raise EngineError(f"{what} took longer than allowed") from None
+
+    def _run(self) -> None:
+        """The engine's thread: what was handed in, then a step, until it is closed or broken."""
+        try:
+            while not self._closing:
+                self._take_calls(wait=not self._loop.has_work)
+                if self._loop.has_work and not self._closing:
+                    self._loop.step()
+        except Exception as error:  # noqa: BLE001  (whatever broke, nobody may wait for this thread any longer)
+            self._failure = f"the engine stopped: {type(error).__name__}: {error}"
+        finally:
+            self._closing = True
+            self._loop.stop(self._failure or "the engine is closed")
+            self._take_calls(wait=False)
+
+    def _take_calls(self, *, wait: bool) -> None:
+        while True:
+            try:
+                function = self._inbox.get(timeout=IDLE_POLL_S) if wait else self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            function()
+            wait = False

@@ -1,0 +1,140 @@
+"""Running log-sum-exp, entropy and kept mass over a vocabulary that comes block by block.
+
+Shapes: T tokens, C tokens of a chunk, B vocabulary entries of a block. Everything is in nats and in the logits' dtype
+(float32, or float64 for a float64 head).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from trueup.errors import NumericsError
+from trueup.policy.head import Head
+from trueup.policy.processing import Distribution, SeenTokens, penalise
+from trueup.types import LOGPROB_SLACK
+
+FAR_BELOW = -1e4
+"""Nats below which a probability is 0 in any precision; stands in for -inf where -inf times 0 would be NaN."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenScores:
+    """What one distribution says of the chosen tokens, each [T] and in nats.
+
+    `logprobs_T` is -inf where the token is outside the kept set: count those, never fill them in. `entropy_T` is of
+    the same (kept, renormalised) distribution; `log_kept_mass_T` is log S <= 0, S the tempered mass of the kept set;
+    `kept_T` counts kept tokens; `top_logprobs_T` is the most likely token's logprob.
+    """
+
+    logprobs_T: Tensor
+    entropy_T: Tensor
+    log_kept_mass_T: Tensor
+    kept_T: Tensor
+    top_logprobs_T: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredRows(TokenScores):
+    """Scores with what the backward pass needs: logsumexp and the cut between kept and dropped logits."""
+
+    lse_T: Tensor
+    cut_T: Tensor
+
+    def first(self, count: int) -> ScoredRows:
+        """Return the scores of the first `count` tokens (the rest fills up a tile)."""
+        if count == len(self.logprobs_T):
+            return self
+        return ScoredRows(**{f.name: getattr(self, f.name)[:count] for f in fields(self)})
+
+
+class Reducer:
+    """Running log-sum-exp, entropy and mass of one chunk of tokens under one distribution.
+
+    Fed the finished, penalised logits of the vocabulary block by block, in order. The maximum is updated as blocks
+    come (Milakov and Gimelshein, arXiv 1805.02867), so that a row is never needed whole.
+    """
+
+    def __init__(self, targets_C: Tensor, dist: Distribution, head: Head, cut_C: Tensor | None) -> None:
+        dtype = head.logits_dtype
+        self.masked = head.bias_V is not None  # a bias may mask padded vocabulary with -inf
+
+        def zeros() -> Tensor:
+            return torch.zeros(targets_C.shape, dtype=dtype, device=targets_C.device)
+
+        self.targets_C, self.dist, self.cut_C = targets_C, dist, cut_C
+        self.inverse_temperature = 1 / dist.temperature
+        self.top_C = torch.full_like(zeros(), torch.finfo(dtype).min)
+        self.dropped_C = torch.full_like(zeros(), -torch.inf)
+        self.sum_C, self.moment_C, self.chosen_C, self.full_C, self.kept_C = (zeros() for _ in range(5))
+
+    def update(self, logits_CB: Tensor, start: int, scratch_CB: Tensor) -> None:
+        """Add vocabulary entries start.. ; `scratch_CB` is overwritten."""
+        top_C = torch.maximum(self.top_C, logits_CB.amax(1))
+        drop_C = ((self.top_C - top_C) * self.inverse_temperature).clamp_min(FAR_BELOW)
+        rescale_C = drop_C.exp()
+        self.moment_C = (self.moment_C + self.sum_C * drop_C) * rescale_C
+        shifted_CB = torch.sub(logits_CB, top_C[:, None], out=scratch_CB)
+        if self.inverse_temperature != 1:
+            shifted_CB.mul_(self.inverse_temperature)
+        if self.masked:
+            shifted_CB.clamp_min_(FAR_BELOW)
+        weight_CB = shifted_CB.exp()
+        if self.cut_C is not None:
+            self.full_C = self.full_C * rescale_C + weight_CB.sum(1)
+            inside_CB = logits_CB >= self.cut_C[:, None]
+            weight_CB *= inside_CB
+            self.kept_C += inside_CB.sum(1)
+            dropped_C = logits_CB.masked_fill(inside_CB, -torch.inf).amax(1)
+            self.dropped_C = torch.maximum(self.dropped_C, dropped_C)
+        self.sum_C = self.sum_C * rescale_C + weight_CB.sum(1)
+        self.moment_C += shifted_CB.mul_(weight_CB).sum(1)
+        self.top_C = top_C
+        local_C = self.targets_C - start
+        here_C = (local_C >= 0) & (local_C < logits_CB.shape[1])
+        found_C = logits_CB.gather(1, local_C.clamp(0, logits_CB.shape[1] - 1)[:, None])[:, 0]
+        self.chosen_C = torch.where(here_C, found_C, self.chosen_C)
+
+    def finish(self, vocab_size: int) -> ScoredRows:
+        """Return the scores once the whole vocabulary has been seen."""
+        log_sum_C = self.sum_C.log()
+        logprobs_C = (self.chosen_C - self.top_C) * self.inverse_temperature - log_sum_C
+        cut_C = torch.full_like(log_sum_C, -torch.inf) if self.cut_C is None else self.cut_C
+        return ScoredRows(
+            logprobs_T=logprobs_C.masked_fill(self.chosen_C < cut_C, -torch.inf),
+            entropy_T=log_sum_C - self.moment_C / self.sum_C,
+            log_kept_mass_T=torch.zeros_like(log_sum_C) if self.cut_C is None else log_sum_C - self.full_C.log(),
+            kept_T=(self.kept_C if self.cut_C is not None else torch.full_like(self.kept_C, vocab_size)).long(),
+            top_logprobs_T=-log_sum_C,
+            lse_T=self.top_C * self.inverse_temperature + log_sum_C,
+            # Halfway to the best dropped token: the backward pass's logits may differ in their last bits.
+            cut_T=(cut_C + self.dropped_C) / 2,
+        )
+
+
+def concatenate(parts: Sequence[ScoredRows]) -> ScoredRows:
+    """Join chunks of tokens. Raises NumericsError when a row of logits was not finite."""
+    names = ("logprobs_T", "entropy_T", "log_kept_mass_T", "kept_T", "top_logprobs_T", "lse_T", "cut_T")
+    rows = ScoredRows(**{name: torch.cat([getattr(p, name) for p in parts]) for name in names})
+    if bool(torch.isnan(rows.lse_T).any()) or bool(torch.isinf(rows.lse_T).any()):
+        raise NumericsError("logits are not finite: the head weight or bias holds NaN or infinity")
+    assert float(rows.logprobs_T.max()) <= LOGPROB_SLACK, "a logprob came out above 0"
+    return rows
+
+
+@contextmanager
+def penalised(logits: Tensor, dist: Distribution, seen: SeenTokens | None, corner: tuple[int, int]) -> Iterator[None]:
+    """Apply a distribution's penalties to a block in place for as long as the context lasts."""
+    if not dist.penalises:
+        yield
+        return
+    assert seen is not None
+    row, column, count = seen.block((corner[0], corner[0] + logits.shape[0]), (corner[1], corner[1] + logits.shape[1]))
+    plain_N = logits[row, column]
+    logits[row, column] = penalise(plain_N, count, dist)[0]
+    yield
+    logits[row, column] = plain_N
