@@ -19,6 +19,8 @@ app = typer.Typer(
 )
 model_app = typer.Typer(help="Make checkpoints to try things on.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
+vllm_app = typer.Typer(help="vLLM in an environment of its own.", no_args_is_help=True)
+app.add_typer(vllm_app, name="vllm")
 
 COULD_NOT_TEST = 2
 Sets = Annotated[list[str], typer.Option("--set", metavar="A.B=V", help="Set one knob; may be repeated.")]
@@ -129,6 +131,58 @@ def lint(
     raise typer.Exit(1 if findings else 0)
 
 
+@app.command()
+def serve(
+    model: Annotated[Path | None, typer.Option(help="The policy to serve, a local Hugging Face folder.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; loopback unless told otherwise.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0 picks a free one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Body and cache: bfloat16 or float32.")] = None,
+    head: Annotated[str | None, typer.Option(help="Head matmul: float32 or bfloat16.")] = None,
+    bitwise: Annotated[
+        bool | None, typer.Option("--bitwise", help="Equal to the training forward to the last bit; slower.")
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="Folder that weight updates may come from.")] = None,
+    token_file: Annotated[Path | None, typer.Option(help="Holds the bearer token; made if absent.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with a [serve] section.")] = None,
+    sets: Sets = [],  # noqa: B006
+) -> None:
+    """Serve a policy with the embedded engine: OpenAI-compatible, with ids, versions and a control plane.
+
+    `--set serve.slots=32` and the like reach the other knobs; `trueup config` lists them.
+    """
+    given = {
+        "model": model, "host": host, "port": port, "dtype": dtype, "head": head, "bitwise": bitwise,
+        "weights": weights, "token_file": token_file,
+    }  # fmt: skip
+    try:
+        base = load_config(config, sets=sets).model_dump()
+        base["serve"] |= {k: v for k, v in given.items() if v is not None}
+        resolved = build_config(_without_none(base), where="command line").serve
+        from trueup.engines.embedded.serve import serve as run
+
+        run(resolved, announce=typer.echo)
+    except TrueupError as error:
+        raise _fail(error) from None
+
+
+@vllm_app.command("install")
+def vllm_install(
+    version: Annotated[str, typer.Option(help="0.32.0 or 0.18.1.")] = "0.32.0",
+    root: Annotated[Path, typer.Option(help="Where .venv-vllm-VERSION is made.")] = Path(),
+) -> None:
+    """Install vLLM (CPU build) into .venv-vllm-VERSION, apart from trueup's own environment. Minutes, 4 to 7 GB."""
+    from rich.console import Console
+
+    from trueup.engines.vllm_install import install
+
+    try:
+        with Console(stderr=True).status("starting") as status:
+            environment = install(version, root, announce=status.update)
+    except TrueupError as error:
+        raise _fail(error) from None
+    typer.echo(f"vLLM {environment.version}  {environment.python}")
+
+
 @app.command("config")
 def show_config(
     file: Annotated[Path | None, typer.Argument(help="TOML file; none prints the defaults.")] = None,
@@ -137,6 +191,21 @@ def show_config(
     """Print the resolved configuration as JSON."""
     try:
         typer.echo(dump_config(load_config(file, sets=sets)))
+    except TrueupError as error:
+        raise _fail(error) from None
+
+
+@model_app.command("tiny")
+def tiny(
+    folder: Annotated[Path, typer.Argument(help="New or empty folder for the checkpoint.")],
+    family: Annotated[str, typer.Option(help="llama, qwen2, qwen3, mistral, gemma, gemma2 or gemma3.")] = "llama",
+    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
+) -> None:
+    """Make a random policy of a few thousand weights with its own tokenizer, for runs of seconds."""
+    from trueup.model.tiny import make_tiny
+
+    try:
+        typer.echo(make_tiny(folder, family=family, seed=seed))
     except TrueupError as error:
         raise _fail(error) from None
 
@@ -162,3 +231,7 @@ def smollm2(
 def main() -> None:
     """Entry point."""
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -86,10 +86,31 @@ class EngineConfig(_Section):
     updates_in_flight: bool = Field(True, description="weights change while the engine keeps running")
 
 
+class ServeConfig(_Section):
+    """`trueup serve`: the embedded engine and its server."""
+
+    model: Path | None = Field(None, description="local Hugging Face folder, served as weight version 0")
+    host: str = Field("127.0.0.1", description="loopback unless told otherwise; there is no TLS")
+    port: int = Field(8000, ge=0, le=65535, description="0 picks a free one")
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="dtype of the body and its cache")
+    head: Literal["float32", "bfloat16"] = Field("float32", description="dtype the head is multiplied in")
+    bitwise: bool = Field(False, description="fixed tiles: equal to the training forward to the last bit, slower")
+    slots: int = Field(64, ge=1, le=4096, description="sequences that run at once; others queue")
+    max_length: int | None = Field(None, ge=2, description="prompt and completion together (default: 2,048 at most)")
+    step_tokens: int = Field(1024, ge=16, description="tokens a step at most; longer prompts come in chunks")
+    prefix_cache: bool = Field(True, description="start from known beginnings of prompts, of the same weights only")
+    threads: int | None = Field(None, ge=1, description="torch threads (default: torch's own choice)")
+    weights: Path | None = Field(None, description="folder that new weights may be loaded from; none: no updates")
+    token_file: Path | None = Field(None, description="holds the bearer token; made, readable by you only, if absent")
+    request_timeout_s: float = Field(600.0, gt=0, le=86400, description="a request that takes longer is aborted")
+    max_queue: int = Field(4096, ge=1, description="requests that may wait; beyond it the server answers 429")
+
+
 class Config(_Section):
     """A whole configuration file."""
 
     check: CheckConfig = CheckConfig()
+    serve: ServeConfig = ServeConfig()
     sampling: SamplingConfig = SamplingConfig()
     engine: EngineConfig = EngineConfig()
 
