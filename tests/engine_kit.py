@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from trueup.engines.base import GenerationRequest
+from trueup.engines.embedded.sampler import distribution
 from trueup.model.load import LoadedModel, load_model
 from trueup.model.packed import open_policy, packed_hidden_states
 from trueup.model.scoring import ScoredRow
@@ -64,12 +65,28 @@ def load_version(model: LoadedModel, tensors) -> None:
         own[name].data = tensor.to(own[name].dtype)
 
 
-def train_scores(model: LoadedModel, rollouts, *, head_dtype=torch.float32, dist=None, kind=None):
-    """Scores [T] of all rollouts' tokens by the training forward: packed, gradients on."""
+def train_scores(model: LoadedModel, rollouts, *, dist=None, kind=None):
+    """Scores [T] of all rollouts' tokens by the training forward: packed, gradients on, fp32 head."""
+    return train_scores_and_draws(model, rollouts, dist=dist, kind=kind, draws=False)[0]
+
+
+def train_scores_and_draws(model: LoadedModel, rollouts, *, dist=None, kind=None, draws=True):
+    """The training forward's scores [T], and the tokens [T] that its logits draw with the rollouts' seeds.
+
+    All rollouts have the same sampling parameters but for the seed.
+    """
     hidden_TD = packed_hidden_states(model, [row_of(r) for r in rollouts])
     targets_T, history = targets(rollouts)
+    head = Head.of(model, torch.float32)
     dist = dist or Distribution.of(kind or rollouts[0].logprob_kind, rollouts[0].sampling)
-    return token_scores(hidden_TD, Head.of(model, head_dtype), targets_T, dist=dist, history=history)
+    scores = token_scores(hidden_TD, head, targets_T, dist=dist, history=history)
+    if not draws:
+        return scores, None
+    drawn_from, greedy = distribution(rollouts[0].sampling)
+    noise = [uniform(r.sampling.seed, t) for r in rollouts for t in range(len(r.token_ids))]
+    noise_T = None if greedy else torch.tensor(noise, dtype=torch.float64)
+    seen = SeenTokens.of(history, targets_T) if drawn_from.penalises else None
+    return scores, draw(hidden_TD.detach(), head, drawn_from, noise_T, seen=seen).token_ids_T
 
 
 def targets(rollouts):
@@ -77,21 +94,6 @@ def targets(rollouts):
     ids = torch.tensor([i for r in rollouts for i in r.token_ids])
     row = torch.tensor([n for n, r in enumerate(rollouts) for _ in r.token_ids])
     return ids, History(row_T=row, prompts=tuple(torch.tensor(r.prompt.token_ids) for r in rollouts))
-
-
-def trainer_draws(model: LoadedModel, rollouts, *, head_dtype=torch.float32) -> torch.Tensor:
-    """The tokens that the trainer's own logits draw with the rollouts' seeds."""
-    from trueup.engines.embedded.sampler import distribution
-
-    hidden_TD = packed_hidden_states(model, [row_of(r) for r in rollouts]).detach()
-    targets_T, history = targets(rollouts)
-    dist, greedy = distribution(rollouts[0].sampling)
-    noise = [uniform(r.sampling.seed, t) for r in rollouts for t in range(len(r.token_ids))]
-    seen = SeenTokens.of(history, targets_T) if dist.penalises else None
-    head = Head.of(model, head_dtype)
-    return draw(
-        hidden_TD, head, dist, None if greedy else torch.tensor(noise, dtype=torch.float64), seen=seen
-    ).token_ids_T
 
 
 def behaviour(rollouts) -> torch.Tensor:

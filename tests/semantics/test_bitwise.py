@@ -14,8 +14,8 @@ from tests.engine_kit import (
     request,
     tensors_by_version,
     train_scores,
+    train_scores_and_draws,
     trainer,
-    trainer_draws,
 )  # fmt: skip
 
 from trueup.engines.embedded.engine import EmbeddedEngine, EngineOptions
@@ -51,14 +51,20 @@ def arrive_at_random(engine, requests, seed):
     return results
 
 
-def assert_exact(model, rollouts, head_dtype=torch.float32):
-    """Every r is exactly 0.0, and the trainer's logits with the same noise draw the very tokens."""
-    scores = train_scores(model, rollouts, head_dtype=head_dtype)
+def assert_exact(model, rollouts, version=None):
+    """Every r of a version's tokens is exactly 0.0, and the trainer's logits with the same noise draw the very tokens.
+
+    Returns how many tokens those were.
+    """
+    version_T = torch.tensor([v for r in rollouts for v in r.weight_versions])
+    at_T = torch.ones_like(version_T, dtype=torch.bool) if version is None else version_T == version
+    if not at_T.any():
+        return 0
+    scores, drawn_T = train_scores_and_draws(model, rollouts)
     assert scores.logprobs_T.requires_grad
-    assert torch.equal(scores.logprobs_T.detach(), behaviour(rollouts))
-    drawn = trainer_draws(model, rollouts, head_dtype=head_dtype)
-    assert drawn.tolist() == [i for r in rollouts for i in r.token_ids]
-    return len(scores.logprobs_T)
+    assert torch.equal(scores.logprobs_T.detach()[at_T], behaviour(rollouts)[at_T])
+    assert torch.equal(drawn_T[at_T], torch.tensor([i for r in rollouts for i in r.token_ids])[at_T])
+    return int(at_T.sum())
 
 
 @pytest.mark.parametrize("dtype", BOTH, ids=str)
@@ -119,12 +125,11 @@ def test_three_updates_in_flight(tmp_path, dtype, clear):
     if clear:
         assert all(r.kv == KVState.CLEARED for r in rollouts)
         model = trainer(path, dtype=dtype, bitwise=True)
-        reported = behaviour(rollouts)
-        version_T = torch.tensor([v for r in rollouts for v in r.weight_versions])
+        total = 0
         for version in range(4):
             load_version(model, tensors_of(version))
-            at = version_T == version
-            assert torch.equal(train_scores(model, rollouts).logprobs_T.detach()[at], reported[at])
+            total += assert_exact(model, rollouts, version)
+        assert total == sum(len(r.token_ids) for r in rollouts)
     replayer = Replayer(trainer(path, dtype=dtype, bitwise=True, grad=False), tensors_of, head_dtype=torch.float32)
     for rollout in rollouts:
         again = replayer.replay(rollout)
@@ -135,21 +140,22 @@ def test_three_updates_in_flight(tmp_path, dtype, clear):
         assert any(r.kv == KVState.KEPT for r in rollouts)
 
 
+@pytest.mark.slow
 @pytest.mark.smollm2
 @pytest.mark.parametrize("dtype", BOTH, ids=str)
 def test_smollm2_over_two_thousand_tokens(smollm2, tmp_path, dtype):
     store = WeightStore(tmp_path / "weights")
     versions = [publish_perturbed(store, smollm2, v, scale=0.02, dtype=dtype) for v in (1, 2, 3)]
-    engine = EmbeddedEngine(smollm2, options(dtype, slots=24, step_tokens=256))
-    requests = [request(12 + 9 * i, seed=i, tokens=64) for i in range(20)]
-    requests += [request(300, seed=50, n=16, tokens=64, temperature=0.8, top_p=0.9)]
+    engine = EmbeddedEngine(smollm2, options(dtype, slots=24, step_tokens=64))
+    alone = [request(12 + 5 * i, seed=i, tokens=64) for i in range(20)]
+    shared = [request(90, seed=50, n=16, tokens=64)]  # longer than a step: in chunks
     results = []
     try:
-        work = threading.Thread(target=lambda: results.extend(arrive_at_random(engine, requests, seed=2)))
+        work = threading.Thread(target=lambda: results.extend(arrive_at_random(engine, shared + alone, seed=2)))
         work.start()
         for snapshot in versions:
             made = engine.status().generated_tokens
-            while engine.status().generated_tokens < made + 300:
+            while engine.status().generated_tokens < made + 400:
                 time.sleep(0.01)
             engine.update_weights(snapshot.path, clear_cache=True)
         work.join(timeout=500)
@@ -157,23 +163,13 @@ def test_smollm2_over_two_thousand_tokens(smollm2, tmp_path, dtype):
         engine.close()
     tensors_of = tensors_by_version(store, smollm2, dtype=dtype)
     model = trainer(smollm2, dtype=dtype, bitwise=True)
-    seen = set()
-    total = 0
+    rollouts = [r for group in results for r in group]
+    total = [0, 0, 0, 0]
     for version in range(4):
         load_version(model, tensors_of(version))
-        for group in results:
-            version_T = torch.tensor([v for r in group for v in r.weight_versions])
-            at = version_T == version
-            if not at.any():
-                continue
-            scores = train_scores(model, group).logprobs_T
-            assert scores.requires_grad
-            assert torch.equal(scores.detach()[at], behaviour(group)[at])
-            drawn = trainer_draws(model, group)
-            assert torch.equal(drawn[at], torch.tensor([i for r in group for i in r.token_ids])[at])
-            seen.add(version)
-            total += int(at.sum())
-    assert seen == {0, 1, 2, 3} and total == 36 * 64 >= 2000
+        for some in (rollouts[:16], rollouts[16:]):
+            total[version] += assert_exact(model, some, version)
+    assert all(total) and sum(total) == 36 * 64 >= 2000
 
 
 def test_the_plain_mode_is_not_bitwise_so_the_test_can_tell(tmp_path):
