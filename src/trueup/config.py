@@ -97,7 +97,7 @@ class ServeConfig(_Section):
     bitwise: bool = Field(False, description="fixed tiles: equal to the training forward to the last bit, slower")
     slots: int = Field(64, ge=1, le=4096, description="sequences that run at once; others queue")
     max_length: int | None = Field(None, ge=2, description="prompt and completion together (default: 2,048 at most)")
-    step_tokens: int = Field(1024, ge=16, description="tokens a step at most; longer prompts come in chunks")
+    step_tokens: int = Field(2048, ge=16, description="tokens a step at most; longer prompts come in chunks")
     prefix_cache: bool = Field(True, description="start from known beginnings of prompts, of the same weights only")
     threads: int | None = Field(None, ge=1, description="torch threads (default: torch's own choice)")
     weights: Path | None = Field(None, description="folder that new weights may be loaded from; none: no updates")

@@ -10,7 +10,6 @@ nats and float32; the cumulative sums are float64.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +19,7 @@ from trueup.errors import NumericsError
 from trueup.policy.head import STREAM_BLOCK, Head
 from trueup.policy.logprobs import pad_to_tiles, rows_at_once
 from trueup.policy.processing import Distribution, SeenTokens, kept_cut, ranked
-from trueup.policy.reduction import Reducer, ScoredRows, TokenScores, concatenate, penalised
+from trueup.policy.reduction import Reducer, TokenScores, concatenate, penalised
 
 _MASK = 2**64 - 1
 
@@ -30,6 +29,7 @@ class Draws:
     """Drawn tokens [T] and their scores under the raw distribution and the one they were drawn from.
 
     A greedy token has no processed logprob (all mass lies on it): `processed` is None.
+    Entropies are not computed (NaN).
     """
 
     token_ids_T: Tensor
@@ -75,49 +75,54 @@ def draw(
     buffer = torch.empty(size, vocab, dtype=head.logits_dtype, device=hidden_TD.device)
     scratch = torch.empty(size, min(vocab, STREAM_BLOCK), dtype=head.logits_dtype, device=hidden_TD.device)
     tokens, raws, drawn_from = [], [], []
-    shaped = noise_T is not None and (dist.temperature != 1 or dist.truncates or dist.penalises)
+    greedy = noise_T is None
+    shaped = not greedy and (dist.temperature != 1 or dist.truncates or dist.penalises)
     for first in range(0, total, size):
         logits_CV = head.logits_into(hidden_TD[first : first + size], buffer[: min(size, total - first)])
-        with penalised(logits_CV, dist, seen, (first, 0)) if dist.penalises else nullcontext():
+        raw = _reduce(logits_CV, Distribution(), head, None, scratch)
+        with penalised(logits_CV, dist, seen, (first, 0)):
             cut_C = kept_cut(logits_CV, ranked(logits_CV), dist) if dist.truncates else None
+            own = _reduce(logits_CV, dist, head, cut_C, scratch) if shaped else raw
             if noise_T is None:
                 token_C = logits_CV.argmax(1)
             else:
-                token_C = _inverse_cdf(logits_CV, dist, cut_C, noise_T[first : first + size])
+                token_C = _inverse_cdf(logits_CV, own, noise_T[first : first + size])
             if shaped:
-                drawn_from.append(_score(logits_CV, Reducer(token_C, dist, head, cut_C), scratch))
-        raws.append(_score(logits_CV, Reducer(token_C, Distribution(), head, None), scratch))
+                own.choose(token_C, logits_CV)
+                drawn_from.append(own.finish(vocab))
+        raw.choose(token_C, logits_CV)
+        raws.append(raw.finish(vocab))
         tokens.append(token_C)
-    raw = concatenate(raws).first(count)
-    processed = concatenate(drawn_from).first(count) if shaped else None if noise_T is None else raw
-    return Draws(token_ids_T=torch.cat(tokens)[:count], raw=raw, processed=processed)
+    scored = concatenate(raws).first(count)
+    processed = concatenate(drawn_from).first(count) if shaped else None if greedy else scored
+    return Draws(token_ids_T=torch.cat(tokens)[:count], raw=scored, processed=processed)
 
 
-def _score(logits_CV: Tensor, reducer: Reducer, scratch: Tensor) -> ScoredRows:
+def _reduce(logits_CV: Tensor, dist: Distribution, head: Head, cut_C: Tensor | None, scratch: Tensor) -> Reducer:
+    """Take a chunk's whole vocabulary in, block by block as scoring does; the tokens are chosen afterwards."""
     count, vocab = logits_CV.shape
+    unknown_C = torch.zeros(count, dtype=torch.long, device=logits_CV.device)
+    reducer = Reducer(unknown_C, dist, head, cut_C, entropy=False)
     for start in range(0, vocab, STREAM_BLOCK):
         block_CB = logits_CV[:, start : start + STREAM_BLOCK]
         reducer.update(block_CB, start, scratch[:count, : block_CB.shape[1]])
-    return reducer.finish(vocab)
+    return reducer
 
 
-def _inverse_cdf(logits_CV: Tensor, dist: Distribution, cut_C: Tensor | None, noise_C: Tensor) -> Tensor:
+def _inverse_cdf(logits_CV: Tensor, own: Reducer, noise_C: Tensor) -> Tensor:
     """The first token whose cumulative weight exceeds noise times the total; never one outside the kept set."""
-    top_C1 = logits_CV.amax(1, keepdim=True)
-
-    def weights(block_CB: Tensor) -> Tensor:
-        weight_CB = (block_CB - top_C1).mul_(1 / dist.temperature).exp_()
-        return weight_CB if cut_C is None else weight_CB.mul_(block_CB >= cut_C[:, None])
-
     vocab = logits_CV.shape[1]
-    mass_CN = torch.stack([weights(block).sum(1) for block in logits_CV.split(STREAM_BLOCK, dim=1)], dim=1).double()
-    reached_CN = mass_CN.cumsum(1)
+    reached_CN = own.reached()
     goal_C = noise_C * reached_CN[:, -1]
-    block_C = (reached_CN <= goal_C[:, None]).sum(1).clamp_max(mass_CN.shape[1] - 1)
-    before_C = (reached_CN - mass_CN).gather(1, block_C[:, None])
+    block_C = (reached_CN <= goal_C[:, None]).sum(1).clamp_max(reached_CN.shape[1] - 1)
+    before_CN = torch.cat([torch.zeros_like(reached_CN[:, :1]), reached_CN[:, :-1]], dim=1)
+    before_C = before_CN.gather(1, block_C[:, None])
     column_CB = block_C[:, None] * STREAM_BLOCK + torch.arange(min(STREAM_BLOCK, vocab), device=block_C.device)
     inside_CB = column_CB < vocab
-    weight_CB = weights(logits_CV.gather(1, column_CB.clamp_max(vocab - 1))).mul_(inside_CB).double()
+    logits_CB = logits_CV.gather(1, column_CB.clamp_max(vocab - 1))
+    if own.cut_C is not None:
+        inside_CB &= logits_CB >= own.cut_C[:, None]
+    weight_CB = ((logits_CB - own.top_C[:, None]) * own.inverse_temperature).exp().mul_(inside_CB).double()
     passed_C = (weight_CB.cumsum(1) <= goal_C[:, None] - before_C).sum(1)
     last_C = (weight_CB > 0).long().mul_(torch.arange(1, weight_CB.shape[1] + 1, device=block_C.device)).amax(1) - 1
     return block_C * STREAM_BLOCK + torch.minimum(passed_C, last_C)

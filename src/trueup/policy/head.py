@@ -152,7 +152,7 @@ class Head:
     def logits_into(self, hidden_CD: Tensor, out_CV: Tensor) -> Tensor:
         """Fill `out_CV` (logits dtype) with the finished logits of a chunk of tokens."""
         hidden_CD = hidden_CD.to(self.matmul_dtype)
-        whole = self.weight_VD.dtype == self.matmul_dtype == out_CV.dtype
+        whole = self.weight_VD.dtype == self.matmul_dtype
         block = STREAM_BLOCK if self.tiled else self.vocab_size if whole else CAST_BLOCK
         for start, stop, weight_BD in self.weight_blocks(block):
             self.product(hidden_CD, weight_BD, out=out_CV[:, start:stop])

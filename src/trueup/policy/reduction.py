@@ -59,7 +59,11 @@ class Reducer:
     come (Milakov and Gimelshein, arXiv 1805.02867), so that a row is never needed whole.
     """
 
-    def __init__(self, targets_C: Tensor, dist: Distribution, head: Head, cut_C: Tensor | None) -> None:
+    def __init__(
+        self, targets_C: Tensor, dist: Distribution, head: Head, cut_C: Tensor | None, *, entropy: bool = True
+    ) -> None:
+        self.entropy = entropy
+        self.passed: list[tuple[Tensor, Tensor]] = []
         dtype = head.logits_dtype
         self.masked = head.bias_V is not None  # a bias may mask padded vocabulary with -inf
 
@@ -77,7 +81,8 @@ class Reducer:
         top_C = torch.maximum(self.top_C, logits_CB.amax(1))
         drop_C = ((self.top_C - top_C) * self.inverse_temperature).clamp_min(FAR_BELOW)
         rescale_C = drop_C.exp()
-        self.moment_C = (self.moment_C + self.sum_C * drop_C) * rescale_C
+        if self.entropy:
+            self.moment_C = (self.moment_C + self.sum_C * drop_C) * rescale_C
         shifted_CB = torch.sub(logits_CB, top_C[:, None], out=scratch_CB)
         if self.inverse_temperature != 1:
             shifted_CB.mul_(self.inverse_temperature)
@@ -92,12 +97,23 @@ class Reducer:
             dropped_C = logits_CB.masked_fill(inside_CB, -torch.inf).amax(1)
             self.dropped_C = torch.maximum(self.dropped_C, dropped_C)
         self.sum_C = self.sum_C * rescale_C + weight_CB.sum(1)
-        self.moment_C += shifted_CB.mul_(weight_CB).sum(1)
+        if self.entropy:
+            self.moment_C += shifted_CB.mul_(weight_CB).sum(1)
         self.top_C = top_C
+        self.passed.append((top_C, self.sum_C))
         local_C = self.targets_C - start
         here_C = (local_C >= 0) & (local_C < logits_CB.shape[1])
         found_C = logits_CB.gather(1, local_C.clamp(0, logits_CB.shape[1] - 1)[:, None])[:, 0]
         self.chosen_C = torch.where(here_C, found_C, self.chosen_C)
+
+    def reached(self) -> Tensor:
+        """Mass up to the end of each block [C, blocks], float64, in units of the largest weight."""
+        scales = [((top_C - self.top_C) * self.inverse_temperature).double().exp() for top_C, _ in self.passed]
+        return torch.stack([s * sum_C.double() for s, (_, sum_C) in zip(scales, self.passed, strict=True)], dim=1)
+
+    def choose(self, targets_C: Tensor, logits_CV: Tensor) -> None:
+        """Name the tokens to score after the whole vocabulary has been seen."""
+        self.targets_C, self.chosen_C = targets_C, logits_CV.gather(1, targets_C[:, None])[:, 0]
 
     def finish(self, vocab_size: int) -> ScoredRows:
         """Return the scores once the whole vocabulary has been seen."""
@@ -106,7 +122,7 @@ class Reducer:
         cut_C = torch.full_like(log_sum_C, -torch.inf) if self.cut_C is None else self.cut_C
         return ScoredRows(
             logprobs_T=logprobs_C.masked_fill(self.chosen_C < cut_C, -torch.inf),
-            entropy_T=log_sum_C - self.moment_C / self.sum_C,
+            entropy_T=log_sum_C - self.moment_C / self.sum_C if self.entropy else torch.full_like(log_sum_C, torch.nan),
             log_kept_mass_T=torch.zeros_like(log_sum_C) if self.cut_C is None else log_sum_C - self.full_C.log(),
             kept_T=(self.kept_C if self.cut_C is not None else torch.full_like(self.kept_C, vocab_size)).long(),
             top_logprobs_T=-log_sum_C,

@@ -101,8 +101,8 @@ class _Writer:
         self.created = int(time.time())
         self._ids: dict[int, list[int]] = {}
         self._sent: dict[int, str] = {}
-        stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
-        self._held_back = max((len(s) for s in stops), default=1) - 1
+        self._stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+        self._held_back = max((len(s) for s in self._stops), default=1) - 1
 
     def envelope(self, choices: list[dict[str, Any]], kind: str, **others: Any) -> dict[str, Any]:
         """The answer around the choices."""
@@ -139,7 +139,8 @@ class _Writer:
         ids = self._ids.setdefault(sample, [])
         ids.append(token)
         text, sent = self.tokens.decode(ids), self._sent.get(sample, "")
-        ready = len(text) - self._held_back
+        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        ready = min(found) if found else len(text) - self._held_back
         fresh = "" if text.endswith("�") else text[len(sent) : max(ready, len(sent))]
         self._sent[sample] = sent + fresh
         choice = {"index": sample, "finish_reason": None, "weight_version": version} | self.delta(fresh, token, logprob)

@@ -73,7 +73,7 @@ class EngineOptions:
     head_dtype: torch.dtype = torch.float32
     slots: int = 64
     max_length: int | None = None
-    step_tokens: int = 1024
+    step_tokens: int = 2048
     prefix_cache: bool = True
     prefix_tokens: int = 65536
     bitwise: bool = False
@@ -90,21 +90,28 @@ class EmbeddedEngine:
         """
         options = options or EngineOptions()
         self.name, self.options, self.path = NAME, options, path
-        model = open_policy(load_model(path, dtype=options.dtype), bitwise=options.bitwise)
         self.capabilities = replace(CAPABILITIES, bitwise=options.bitwise)
-        self.tokens = Tokens(path, model)
-        limit = min(model.max_positions or 2048, options.max_length or 2048)
-        self._runner = PolicyRunner.of(model, slots=options.slots, capacity=limit, head_dtype=options.head_dtype)
-        self._loop = StepLoop(self._runner, self.tokens, options, limit)
-        self._arithmetic = arithmetic() if options.bitwise else None
-        self._digests = {0: manifest_of(0, model.stored_tensors()).digest}
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._updating = threading.Lock()
         self._group_ids = itertools.count()
         self._failure: str | None = None
         self._closing = False
-        self._thread = threading.Thread(target=self._run, name="trueup-engine", daemon=True)
+        opened: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(opened,), name="trueup-engine", daemon=True)
         self._thread.start()
+        opened.result()
+
+    def _open(self) -> None:
+        """Load everything, in the engine's thread: whichever thread computes first gets OpenMP workers of its own, and
+        two sets of them on the same cores halve the speed of both."""
+        options = self.options
+        model = open_policy(load_model(self.path, dtype=options.dtype), bitwise=options.bitwise)
+        self.tokens = Tokens(self.path, model)
+        limit = min(model.max_positions or 2048, options.max_length or 2048)
+        self._runner = PolicyRunner.of(model, slots=options.slots, capacity=limit, head_dtype=options.head_dtype)
+        self._loop = StepLoop(self._runner, self.tokens, options, limit)
+        self._arithmetic = arithmetic() if options.bitwise else None
+        self._digests = {0: manifest_of(0, model.stored_tensors()).digest}
 
     @property
     def max_length(self) -> int:
@@ -256,6 +263,7 @@ class EmbeddedEngine:
             arithmetic=self._arithmetic,
             details={
                 "slots": precision.slots,
+                "fused": self._runner.fused is not None,
                 "max_length": self.max_length,
                 "steps": loop.steps,
                 "prefill_tokens": loop.prefill_tokens,
@@ -310,8 +318,14 @@ class EmbeddedEngine:
         except FutureTimeout:
             raise EngineError(f"{what} took longer than allowed") from None
 
-    def _run(self) -> None:
+    def _run(self, opened: Future[None]) -> None:
         """The engine's thread: what was handed in, then a step, until it is closed or broken."""
+        try:
+            self._open()
+        except BaseException as error:  # noqa: BLE001  (handed to the thread that is waiting for it)
+            opened.set_exception(error)
+            return
+        opened.set_result(None)
         try:
             while not self._closing:
                 self._take_calls(wait=not self._loop.has_work)

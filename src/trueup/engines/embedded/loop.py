@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from torch import Tensor
 from trueup.engines.base import PauseMode, Result, RolloutFailure, Scores
 from trueup.engines.embedded.cache import PrefixStore
 from trueup.engines.embedded.layout import Span
-from trueup.engines.embedded.runner import PolicyRunner
+from trueup.engines.embedded.runner import PolicyRunner, Shadow
 from trueup.engines.embedded.sampler import sample
 from trueup.engines.embedded.scheduler import Group, Scheduler, Sequence, Work
 from trueup.engines.embedded.tokens import Tokens
@@ -110,11 +109,11 @@ class StepLoop:
         for row in self._rows.values():
             row.states.clear()
 
-    def swap(self, version: int, tensors: Mapping[str, Tensor], clear_cache: bool) -> Swap:
+    def swap(self, version: int, shadow: Shadow, clear_cache: bool) -> Swap:
         """Point the model at new weights; what runs goes on under them."""
         start = time.perf_counter()
         previous, in_flight = self.version, len(self.scheduler.running)
-        self.runner.swap(tensors)
+        self.runner.swap(shadow)
         self.version = version
         if clear_cache:
             self.clear_cache()
@@ -125,6 +124,7 @@ class StepLoop:
                 self._rows[sequence.group].states.clear()
         return Swap(previous_version=previous, paused_s=time.perf_counter() - start, in_flight=in_flight)
 
+    @torch.inference_mode()
     def step(self) -> None:
         """Run one forward pass over what is planned and draw a token wherever a sequence is complete.
 

@@ -6,24 +6,35 @@ Shapes: T tokens of a step, D hidden width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from trueup.engines.embedded.cache import KVCache
+from trueup.engines.embedded.fused import FusedBody, fuse
 from trueup.engines.embedded.layout import Span, StepLayout, TiledStepLayout
 from trueup.model.bitwise import padded_rows
 from trueup.model.load import LoadedModel
 from trueup.policy.head import Head
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shadow:
+    """A version ready to be swapped in: its tensors and everything derived from them."""
+
+    tensors: Mapping[str, Tensor]
+    head: Head
+    fused: FusedBody | None
+
+
 class PolicyRunner:
-    """A policy opened with layouts (model/packed.py), its cache and its head."""
+    """A policy opened with layouts (model/packed.py), its cache, its head, and its faster body if it has one."""
 
     def __init__(self, model: LoadedModel, cache: KVCache, *, head_dtype: torch.dtype) -> None:
         self.model, self.cache, self.head_dtype = model, cache, head_dtype
-        self.head = self._derive_head()
+        self.fused = fuse(model)
+        self.head = self._head(model.weight_VD)
 
     @classmethod
     def of(cls, model: LoadedModel, *, slots: int, capacity: int, head_dtype: torch.dtype) -> PolicyRunner:
@@ -36,6 +47,8 @@ class PolicyRunner:
         """Run the tokens of the spans (single tokens first) through the body, extending the cache; states [T, D]."""
         layout = (TiledStepLayout if self.model.bitwise else StepLayout)(self.cache, spans)
         ids, positions = list(token_ids), layout.positions()
+        if self.fused is not None:
+            return self.fused(ids, positions, layout)
         count = len(ids)
         if self.model.bitwise:
             ids += [0] * (padded_rows(count) - count)
@@ -46,20 +59,32 @@ class PolicyRunner:
         return output.last_hidden_state[0, :count]
 
     @torch.no_grad()
-    def shadow(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors in the engine's dtype, in memory of their own, ready to be swapped in."""
-        own = self.model.stored_tensors()
-        return {n: t.to(own[n].dtype) if own[n].is_floating_point() else t for n, t in tensors.items()}
+    def shadow(self, tensors: Mapping[str, Tensor]) -> Shadow:
+        """Make a version ready beside the serving one: tensors in the engine's dtype, and what derives from them."""
+        owners = self._owners()
+        cast = {n: t.to(owners[n].dtype) if owners[n].is_floating_point() else t for n, t in tensors.items()}
+        fresh = {id(owners[name]): tensor for name, tensor in cast.items()}
+
+        def weights(parameter: Tensor) -> Tensor:
+            return fresh[id(parameter)]
+
+        return Shadow(
+            tensors=cast,
+            head=self._head(weights(self.model.weight_VD)),
+            fused=None if self.fused is None else FusedBody(self.model, weights),
+        )
 
     @torch.no_grad()
-    def swap(self, tensors: Mapping[str, Tensor]) -> None:
-        """Point every parameter at new values; the tied head and the head's copy in another dtype follow."""
-        owners = dict(self.model.lm.named_parameters()) | dict(self.model.lm.named_buffers())
-        for name, tensor in tensors.items():
+    def swap(self, shadow: Shadow) -> None:
+        """Point every parameter at its new values, and at what was derived from them."""
+        owners = self._owners()
+        for name, tensor in shadow.tensors.items():
             owners[name].data = tensor
-        self.head = self._derive_head()
+        self.head, self.fused = shadow.head, shadow.fused
 
-    def _derive_head(self) -> Head:
+    def _owners(self) -> dict[str, Tensor]:
+        return dict(self.model.lm.named_parameters()) | dict(self.model.lm.named_buffers())
+
+    def _head(self, weight_VD: Tensor) -> Head:
         """The head with its weight stored in the dtype it is multiplied in, so that no step casts it again."""
-        head = Head.of(self.model, self.head_dtype)
-        return replace(head, weight_VD=self.model.weight_VD.detach().to(self.head_dtype))
+        return replace(Head.of(self.model, self.head_dtype), weight_VD=weight_VD.detach().to(self.head_dtype))

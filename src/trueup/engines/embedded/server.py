@@ -17,7 +17,7 @@ from typing import Annotated, Any
 from fastapi import Body, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPBearer
 
 from trueup.engines.base import GenerationRequest, Result
 from trueup.engines.embedded import completions
@@ -36,6 +36,9 @@ from trueup.model.scoring import ScoredRow
 MAX_BODY_BYTES = 32 * 2**20
 DISCONNECT_POLL_S = 0.5
 BAD_REQUEST, UNAUTHENTICATED, TIMED_OUT, TOO_LARGE, TOO_MANY, GONE = 400, 401, 408, 413, 429, 503
+OPEN_PATHS = ("/health", "/openapi.json")
+BEARER = HTTPBearer(auto_error=False)
+"""Declares the scheme in the OpenAPI document; the token itself is checked before anything else of a request is read."""
 ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"description": text}
     for code, text in (
@@ -58,12 +61,11 @@ class Served:
         self.model = engine.path.name
         self.started = int(time.time())
 
-    async def authenticate(
-        self, given: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
-    ) -> None:
-        """Refuse a request without the token."""
-        if given is None or not hmac.compare_digest(given.credentials.encode(), self.token.encode()):
-            raise _Unauthenticated
+    def knows(self, request: Request) -> bool:
+        """Whether a request may come in: it carries the token, or asks for something open to all."""
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        holds = scheme.lower() == "bearer" and hmac.compare_digest(given.encode(), self.token.encode())
+        return holds or request.url.path in OPEN_PATHS
 
     async def generate(self, requests: list[GenerationRequest], client: Request) -> list[list[Result]]:
         """Run requests to their end; abort them if the client goes away or the time is over."""
@@ -87,10 +89,6 @@ class Served:
                 done.cancel()
 
 
-class _Unauthenticated(Exception):
-    pass
-
-
 class _Busy(Exception):
     pass
 
@@ -108,14 +106,14 @@ def make_app(engine: EmbeddedEngine, token: str, *, request_timeout_s: float = 6
     served = Served(engine, token, request_timeout_s=request_timeout_s, max_queue=max_queue)
     app = FastAPI(title="trueup serve", version="1", docs_url=None, redoc_url=None)
     app.state.served = served
-    _handle_errors(app)
+    _handle_errors(app, served)
     _add_openai(app, served)
     _add_observation(app, served)
     _add_control(app, served)
     return app
 
 
-def _handle_errors(app: FastAPI) -> None:
+def _handle_errors(app: FastAPI, served: Served) -> None:
     @app.exception_handler(TrueupError)
     async def refused(request: Request, error: TrueupError) -> Response:
         stopped = str(error).startswith(("the engine stopped", "the engine is closed"))
@@ -130,8 +128,6 @@ def _handle_errors(app: FastAPI) -> None:
         return _error(BAD_REQUEST, f"{where}: {first['msg']}"[:500])
 
     for kind, answer in (
-        (_Unauthenticated, _error(UNAUTHENTICATED, "send the server's token as a bearer token",
-                                  **{"WWW-Authenticate": "Bearer"})),
         (_Busy, _error(TOO_MANY, "the queue is full; try again later")),
         (_TimedOut, _error(TIMED_OUT, "not done in time: the engine may be paused; the request was aborted")),
     ):  # fmt: skip
@@ -142,7 +138,10 @@ def _handle_errors(app: FastAPI) -> None:
         app.add_exception_handler(kind, known)
 
     @app.middleware("http")
-    async def limit(request: Request, proceed: Callable[[Request], Awaitable[Response]]) -> Response:
+    async def admit(request: Request, proceed: Callable[[Request], Awaitable[Response]]) -> Response:
+        if not served.knows(request):
+            message = "send the server's token as a bearer token"
+            return _error(UNAUTHENTICATED, message, **{"WWW-Authenticate": "Bearer"})
         length = request.headers.get("content-length", "0")
         if not length.isdigit() or int(length) > MAX_BODY_BYTES:
             return _error(TOO_LARGE, f"the body may have at most {MAX_BODY_BYTES} bytes")
@@ -150,7 +149,7 @@ def _handle_errors(app: FastAPI) -> None:
 
 
 def _add_openai(app: FastAPI, served: Served) -> None:
-    guarded: dict[str, Any] = {"dependencies": [Depends(served.authenticate)], "responses": ERRORS}
+    guarded: dict[str, Any] = {"dependencies": [Depends(BEARER)], "responses": ERRORS}
 
     @app.get("/v1/models", **guarded)
     async def models() -> dict[str, Any]:
@@ -220,19 +219,17 @@ def _add_observation(app: FastAPI, served: Served) -> None:
         served.engine.status()
         return {"status": "ok", "id": uuid.uuid5(uuid.NAMESPACE_URL, f"{served.started}").hex}
 
-    @app.get(
-        "/metrics", response_class=PlainTextResponse, dependencies=[Depends(served.authenticate)], responses=ERRORS
-    )
+    @app.get("/metrics", response_class=PlainTextResponse, dependencies=[Depends(BEARER)], responses=ERRORS)
     async def metrics() -> str:
         return completions.prometheus(served.engine.status())
 
-    @app.get("/control/status", dependencies=[Depends(served.authenticate)], responses=ERRORS)
+    @app.get("/control/status", dependencies=[Depends(BEARER)], responses=ERRORS)
     async def status() -> dict[str, Any]:
         return asdict(served.engine.status()) | {"capabilities": capabilities_to_json(served.engine.capabilities)}
 
 
 def _add_control(app: FastAPI, served: Served) -> None:
-    guarded: dict[str, Any] = {"dependencies": [Depends(served.authenticate)], "responses": ERRORS}
+    guarded: dict[str, Any] = {"dependencies": [Depends(BEARER)], "responses": ERRORS}
 
     @app.post("/control/pause", **guarded)
     def pause(body: Annotated[PauseRequest, Body()]) -> dict[str, Any]:
