@@ -15,6 +15,8 @@ MAX_REAL = 1e30
 MAX_TEMPERATURE = 100.0
 MIN_TEMPERATURE = 1e-3
 """Lowest temperature above 0 (greedy) that is sampled at; vLLM raises anything lower to 0.01."""
+MAX_REPETITION_PENALTY = 1e3
+"""It multiplies or divides logits: beyond this (or below its inverse) they leave float32."""
 ROW_TILE = 16
 """Rows of a matrix product in bitwise mode, in the body and in the head."""
 LOGPROB_SLACK = 1e-4
@@ -93,7 +95,11 @@ class SamplingParams:
             f"top_k must be 0 (off) or a positive integer, not {str(self.top_k)[:40]}",
         )
         _require(0 <= self.min_p <= 1, f"min_p must lie in [0, 1], not {self.min_p}")
-        _require(self.repetition_penalty > 0, f"repetition_penalty must be > 0, not {self.repetition_penalty}")
+        _require(
+            1 / MAX_REPETITION_PENALTY <= self.repetition_penalty <= MAX_REPETITION_PENALTY,
+            f"repetition_penalty must lie in [{1 / MAX_REPETITION_PENALTY:g}, {MAX_REPETITION_PENALTY:g}], "
+            f"not {self.repetition_penalty}; 1 turns it off",
+        )
         for name in ("presence_penalty", "frequency_penalty"):
             _require(-2 <= getattr(self, name) <= 2, f"{name} must lie in [-2, 2], not {getattr(self, name)}")
         _require(

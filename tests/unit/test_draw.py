@@ -93,5 +93,9 @@ def test_greedy_and_errors():
     assert torch.equal(drawn.token_ids_T, (hidden @ weight.T).argmax(1)) and drawn.processed is None
     with pytest.raises(NumericsError, match="pass seen"):
         draw(hidden, head, DISTS[-1], None)
+    noise = torch.full((40,), 0.5, dtype=torch.float64)
+    for bad in (hidden * float("nan"), hidden * float("inf")):
+        with pytest.raises(NumericsError, match="not finite"):
+            draw(bad, head, DISTS[1], noise)
     with pytest.raises(NumericsError, match="not finite"):
         draw(hidden, Head(weight_VD=weight * float("nan")), Distribution(), None)

@@ -73,6 +73,8 @@ def make_bitwise(lm: Any) -> None:
             if module.out_features % ROW_TILE or module.in_features % ROW_TILE:
                 raise ModelError(f"bitwise mode needs widths that are multiples of 16; {name} is {module}")
             module.__class__ = TiledLinear
+    for parameter in lm.parameters():  # a checkpoint's pages are not aligned as an update's tensors are
+        parameter.data = parameter.data.clone()
     vocab = lm.get_output_embeddings().weight.shape[0]
     if vocab % 64:
         raise ModelError(f"bitwise mode needs a vocabulary that is a multiple of 64, not {vocab}: pad the head")

@@ -125,4 +125,5 @@ def _inverse_cdf(logits_CV: Tensor, own: Reducer, noise_C: Tensor) -> Tensor:
     weight_CB = ((logits_CB - own.top_C[:, None]) * own.inverse_temperature).exp().mul_(inside_CB).double()
     passed_C = (weight_CB.cumsum(1) <= goal_C[:, None] - before_C).sum(1)
     last_C = (weight_CB > 0).long().mul_(torch.arange(1, weight_CB.shape[1] + 1, device=block_C.device)).amax(1) - 1
-    return block_C * STREAM_BLOCK + torch.minimum(passed_C, last_C)
+    # Logits that are not finite lead nowhere; their tokens are refused when the scores are joined.
+    return (block_C * STREAM_BLOCK + torch.minimum(passed_C, last_C)).clamp(0, vocab - 1)

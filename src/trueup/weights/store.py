@@ -69,7 +69,8 @@ def load_tensors(snapshot: WeightSnapshot) -> dict[str, Tensor]:
     Raises WeightError with the name of the first tensor that is not what the manifest says.
     """
     try:
-        tensors = load_file(snapshot.path / WEIGHTS_FILE)
+        # Copies: the file's pages are not aligned for vector kernels, and belong to whoever may write the file.
+        tensors = {n: t.clone() for n, t in load_file(snapshot.path / WEIGHTS_FILE).items()}
     except (OSError, safetensors.SafetensorError, ValueError) as error:
         raise WeightError(f"{snapshot.path / WEIGHTS_FILE} is damaged: {error}") from None
     if set(tensors) != set(snapshot.manifest.tensors):

@@ -13,7 +13,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from trueup.engines.base import (
     UpdateReceipt,
 )
 from trueup.engines.embedded.loop import StepLoop
-from trueup.engines.embedded.runner import PolicyRunner
+from trueup.engines.embedded.runner import PolicyRunner, Shadow
 from trueup.engines.embedded.scheduler import Group
 from trueup.engines.embedded.scheduler import Sequence as EngineSequence
 from trueup.engines.embedded.tokens import Tokens
@@ -43,7 +43,7 @@ from trueup.model.packed import open_policy
 from trueup.model.scoring import ScoredRow
 from trueup.policy.draw import sample_seed
 from trueup.types import LogprobKind
-from trueup.weights.snapshot import check_fits_model, dtype_name, manifest_of
+from trueup.weights.snapshot import WeightSnapshot, check_fits_model, dtype_name, manifest_of
 from trueup.weights.store import load_tensors, open_snapshot
 
 NAME = "embedded"
@@ -216,20 +216,12 @@ class EmbeddedEngine:
             raise EngineError(f"another update has not ended within {timeout_s:g} s")
         try:
             start = time.perf_counter()
-            snapshot = open_snapshot(path, allowed=self.options.weights_root)
-            digest = snapshot.manifest.digest
-            if self._digests.get(snapshot.version, digest) != digest:
-                raise WeightError(
-                    f"version {snapshot.version} was served before with other weights: a stamp must name one set of "
-                    "weights; publish under a new number"
-                )
-            model = self._runner.model
-            expected = {n: tuple(t.shape) for n, t in model.stored_tensors().items()}
-            check_fits_model(snapshot.manifest, expected, model.dtype)
-            shadow = self._runner.shadow(load_tensors(snapshot))
+            # A thread of its own that ends: OpenMP workers left behind by the load would slow every later step.
+            with ThreadPoolExecutor(1, thread_name_prefix="trueup-load") as loader:
+                snapshot, shadow = self._wait(loader.submit(self._prepare, path), timeout_s, "loading")
             load_s = time.perf_counter() - start
             swapped = self._call(lambda: self._loop.swap(snapshot.version, shadow, clear_cache), timeout_s)
-            self._digests[snapshot.version] = digest
+            self._digests[snapshot.version] = snapshot.manifest.digest
         finally:
             self._updating.release()
         return UpdateReceipt(
@@ -242,6 +234,20 @@ class EmbeddedEngine:
             in_flight=swapped.in_flight,
             kv="cleared" if clear_cache else "kept",
         )
+
+    def _prepare(self, path: Path) -> tuple[WeightSnapshot, Shadow]:
+        """Read a version, verify it and make it ready, while the engine goes on stepping."""
+        snapshot = open_snapshot(path, allowed=self.options.weights_root)
+        digest = snapshot.manifest.digest
+        if self._digests.get(snapshot.version, digest) != digest:
+            raise WeightError(
+                f"version {snapshot.version} was served before with other weights: a stamp must name one set of "
+                "weights; publish under a new number"
+            )
+        model = self._runner.model
+        expected = {n: tuple(t.shape) for n, t in model.stored_tensors().items()}
+        check_fits_model(snapshot.manifest, expected, model.dtype)
+        return snapshot, self._runner.shadow(load_tensors(snapshot))
 
     def status(self) -> EngineStatus:
         """See Engine.status. Raises EngineError when the engine's thread has failed."""

@@ -38,7 +38,7 @@ DISCONNECT_POLL_S = 0.5
 BAD_REQUEST, UNAUTHENTICATED, TIMED_OUT, TOO_LARGE, TOO_MANY, GONE = 400, 401, 408, 413, 429, 503
 OPEN_PATHS = ("/health", "/openapi.json")
 BEARER = HTTPBearer(auto_error=False)
-"""Declares the scheme in the OpenAPI document; the token itself is checked before anything else of a request is read."""
+"""Declares the scheme in the OpenAPI document; the token is checked before anything of a body is read."""
 ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"description": text}
     for code, text in (

@@ -49,7 +49,7 @@ class _Sampled(BaseModel):
     top_p: Real | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, lt=2**31, description="0 and -1 are off")
     min_p: Real | None = Field(None, ge=0, le=1)
-    repetition_penalty: Real | None = Field(None, gt=0, le=1e4)
+    repetition_penalty: Real | None = Field(None, ge=1e-3, le=1e3)
     presence_penalty: Real | None = Field(None, ge=-2, le=2)
     frequency_penalty: Real | None = Field(None, ge=-2, le=2)
     stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
