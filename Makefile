@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SMOLLM2 := models/smollm2-135m
 
-.PHONY: setup test test-slow lint bench clean
+.PHONY: setup test test-slow lint bench vllm clean
 
 setup: $(VENV)/.installed $(SMOLLM2)/config.json
 
@@ -30,6 +30,14 @@ test-slow: setup
 bench: setup
 	$(BIN)/python benchmarks/head.py
 	$(BIN)/python benchmarks/head.py --dtype bfloat16
+	$(BIN)/python benchmarks/updates.py
+	$(BIN)/python benchmarks/bitwise.py
+	$(BIN)/python benchmarks/rollout.py
+
+# vLLM in environments of its own (minutes, 11 GB), for benchmarks/rollout.py.
+vllm: $(VENV)/.installed
+	$(BIN)/trueup vllm install --version 0.32.0
+	$(BIN)/trueup vllm install --version 0.18.1
 
 clean:
 	rm -rf $(VENV) models .pytest_cache .mypy_cache .ruff_cache .hypothesis

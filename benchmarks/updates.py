@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from trueup.engines.embedded.engine import EmbeddedEngine, EngineOptions
 from trueup.model.load import load_model
 from trueup.model.tiny import make_tiny
 from trueup.types import Prompt, SamplingParams
+from trueup.weights.snapshot import WeightSnapshot
 from trueup.weights.store import WeightStore
 
 SMOLLM2 = Path(__file__).resolve().parent.parent / "models" / "smollm2-135m"
@@ -48,11 +50,16 @@ def requests_of(seed: int, tokens: int) -> list[GenerationRequest]:
     ]
 
 
+def publish(path: Path, store: WeightStore, updates: int) -> list[WeightSnapshot]:
+    """Publish a checkpoint under several version numbers."""
+    tensors = load_model(path, dtype=torch.bfloat16).stored_tensors()
+    return [store.publish(version, tensors) for version in range(1, updates + 1)]
+
+
 def measure(path: Path, root: Path, updates: int, tokens: int, step_s: float) -> dict[str, object]:
     """Run with and without updates and return the figures."""
-    store = WeightStore(root)
-    tensors = load_model(path, dtype=torch.bfloat16).stored_tensors()
-    versions = [store.publish(v, tensors) for v in range(1, updates + 1)]
+    with ThreadPoolExecutor(1) as publisher:  # its OpenMP workers end with it; in training it is another process
+        versions = publisher.submit(publish, path, WeightStore(root), updates).result()
     engine = EmbeddedEngine(path, EngineOptions())
     receipts: list[UpdateReceipt] = []
 

@@ -64,7 +64,9 @@ def test_ten_thousand_random_requests(server):
     with httpx.Client(base_url=server.url, timeout=60) as http, requests.Session() as session:
 
         def state():
-            status = http.get("/control/status", headers=good).json()
+            answer = http.get("/control/status", headers=good)
+            assert answer.status_code == 200, answer.text
+            status = answer.json()
             return status["paused"], status["version"], status["model_digest"]
 
         def send(case, operation):

@@ -180,3 +180,20 @@ def test_metrics_and_the_openapi_document(http):
 def test_a_large_body_is_refused_before_it_is_read(http):
     answer = http.post("/v1/completions", content=b" " * (33 * 2**20), headers={"Content-Type": "application/json"})
     assert answer.status_code == 413
+
+
+def test_requests_that_end_just_as_they_time_out_do_not_stop_the_engine(tmp_path):
+    """A cancelled wait and a finished request may meet: the engine must not mind that nobody listens any more."""
+    path = make_tiny(tmp_path / "policy")
+    hasty = ServerProcess(path, tmp_path, "--dtype", "float32", "--set", "serve.request_timeout_s=0.05")
+    headers = {"Authorization": f"Bearer {hasty.token}"}
+    codes = set()
+    try:
+        with httpx.Client(base_url=hasty.url, headers=headers, timeout=60) as http:
+            for tokens in range(20, 900, 20):
+                body = {"prompt": [5], "max_tokens": tokens, "ignore_eos": True}
+                codes.add(http.post("/v1/completions", json=body).status_code)
+            assert http.get("/health").status_code == 200
+    finally:
+        hasty.stop()
+    assert codes <= {200, 408}

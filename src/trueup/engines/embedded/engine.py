@@ -80,6 +80,13 @@ class EngineOptions:
     weights_root: Path | None = None
 
 
+def _promise() -> Future[Any]:
+    """A future that nobody can cancel: the engine's thread will keep it, whoever has stopped waiting."""
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()
+    return future
+
+
 class EmbeddedEngine:
     """See engines/base.py for the protocol. `submit` is `generate` without waiting."""
 
@@ -156,7 +163,7 @@ class EmbeddedEngine:
             for sample in range(request.n)
         ]
         group = Group(id=group_id, request=request, members=members, unfinished=request.n)
-        future: Future[list[Result]] = Future()
+        future: Future[list[Result]] = _promise()
         self._post(lambda: self._loop.add(group, future))
         return group_id, future
 
@@ -187,7 +194,7 @@ class EmbeddedEngine:
                 sampling=None,
             )
             group = Group(id=group_id, request=None, members=[member], unfinished=1)
-            future: Future[Any] = Future()
+            future: Future[Any] = _promise()
             self._post(lambda g=group, r=row, f=future: self._loop.add_row(g, r, f))  # type: ignore[misc]
             submitted.append((group_id, future))
         return [result for results in self._collect(submitted, timeout_s) for result in results]
@@ -198,7 +205,7 @@ class EmbeddedEngine:
 
     def pause(self, mode: PauseMode = PauseMode.KEEP, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """See Engine.pause. Raises EngineError when the running requests do not end in time."""
-        stopped: Future[None] = Future()
+        stopped: Future[None] = _promise()
         self._post(lambda: self._loop.pause(mode, stopped))
         self._wait(stopped, timeout_s, f"pause ({mode})")
 
@@ -306,7 +313,7 @@ class EmbeddedEngine:
 
     def _call(self, function: Callable[[], T], timeout_s: float = DEFAULT_TIMEOUT_S) -> T:
         """Run a function between two steps and return its result."""
-        future: Future[T] = Future()
+        future: Future[T] = _promise()
 
         def run() -> None:
             try:

@@ -230,8 +230,6 @@ class StepLoop:
             self.prefixes.drop(group.id)
         future = self._futures.pop(group.id)
         held = self._rows.pop(group.id, None)
-        if future.cancelled():
-            return
         if held is None:
             future.set_result([rollout_of(group, member) for member in group.members])
         elif reason == "scored":
