@@ -30,7 +30,7 @@ def server(tmp_path_factory):
     store.root.mkdir()
     publish_perturbed(store, path, 1)
     running = ServerProcess(path, folder, "--dtype", "float32", "--weights", str(store.root),
-                            "--set", "serve.request_timeout_s=1", "--set", "serve.max_length=64")  # fmt: skip
+                            "--set", "serve.request_timeout_s=0.5", "--set", "serve.max_length=64")  # fmt: skip
     yield running
     running.stop()
 

@@ -143,10 +143,32 @@ def test_bad_requests_get_one_clear_line(http, body, words):
 
 def test_updates_only_from_the_allowed_folder(http, server, tmp_path):
     outside = publish_perturbed(WeightStore(tmp_path / "w"), server.store.root.parent / "policy", 9)
-    for path in (str(outside.path), f"{server.store.root}/../policy", "/etc", "\0", "x" * 5000):
+    (server.store.root / "loop").symlink_to(server.store.root / "loop")
+    for path in (
+        f"{server.store.root}/{'a' * 300}",
+        f"{server.store.root}/loop",
+        str(outside.path),
+        f"{server.store.root}/../policy",
+        "/etc",
+        "\0",
+        "x" * 5000,
+    ):
         answer = http.post("/control/update_weights", json={"path": path, "clear_cache": True})
         assert answer.status_code == 400
     assert http.get("/control/status").json()["version"] == 0
+
+
+def test_calls_that_wait_never_keep_out_those_they_wait_for(http):
+    """Sixty scores and pauses against a paused engine; resume still gets through and all of them are answered."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    http.post("/control/pause", json={"mode": "keep"})
+    body = {"rows": [{"prompt_token_ids": [5], "completion_token_ids": [6, 7]}]}
+    with ThreadPoolExecutor(60) as pool:
+        waiting = [pool.submit(http.post, "/control/score", json=body) for _ in range(60)]
+        time.sleep(0.5)
+        assert http.post("/control/resume").status_code == 200
+        assert {future.result(timeout=30).status_code for future in waiting} == {200}
 
 
 def test_a_request_that_meets_a_paused_engine_times_out_in_words(http, server):
@@ -180,6 +202,9 @@ def test_metrics_and_the_openapi_document(http):
 def test_a_large_body_is_refused_before_it_is_read(http):
     answer = http.post("/v1/completions", content=b" " * (33 * 2**20), headers={"Content-Type": "application/json"})
     assert answer.status_code == 413
+    chunks = (b" " * 1000 for _ in range(10))
+    answer = http.post("/v1/completions", content=chunks, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 411
 
 
 def test_requests_that_end_just_as_they_time_out_do_not_stop_the_engine(tmp_path):

@@ -78,6 +78,7 @@ def test_float32_logprobs_equal_transformers(engine, transformers_model, kind):
     assert len(gaps) >= 160 and gaps.mean() <= 2e-5 and gaps.max() <= 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.smollm2
 def test_greedy_equals_transformers_greedy_on_32_prompts(engine, transformers_model):
     asked = [request(6 + 3 * i, seed=i, tokens=24, temperature=0.0) for i in range(32)]

@@ -130,6 +130,7 @@ def test_every_family_follows_an_update(tmp_path, family):
     perturbation_is_followed(path, WeightStore(tmp_path / "w"), 1, "")
 
 
+@pytest.mark.slow
 @pytest.mark.smollm2
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_tensor_group_of_smollm2_follows_an_update(smollm2, tmp_path, group):

@@ -66,7 +66,7 @@ def test_a_killed_publisher_leaves_nothing_that_could_be_read(tmp_path):
         "kill = lambda name: os._exit(9) if name == victim else None\n"
         "WeightStore(root).publish(7, {'a': torch.ones(3)}, step=kill)\n"
     )
-    for victim in ("model.safetensors", "manifest.json"):
+    for victim in ("model.safetensors", "manifest.json", "COMPLETE"):
         root = tmp_path / victim
         done = subprocess.run([sys.executable, "-c", code, str(root), victim], timeout=120, check=False)
         assert done.returncode == 9
@@ -76,6 +76,24 @@ def test_a_killed_publisher_leaves_nothing_that_could_be_read(tmp_path):
             store.open(7)
         store.publish(7, {"a": torch.ones(3)})
         assert store.versions() == [7]
+
+
+def test_a_full_disk_leaves_no_version_behind(store, monkeypatch):
+    from trueup.weights import store as module
+
+    written = module._write
+
+    def full(path, text):
+        if path.name == "COMPLETE":
+            raise OSError(28, "No space left on device")
+        written(path, text)
+
+    monkeypatch.setattr(module, "_write", full)
+    with pytest.raises(OSError, match="No space"):
+        store.publish(1, tensors())
+    assert store.versions() == [] and not any(store.root.iterdir())
+    monkeypatch.undo()
+    assert store.publish(1, tensors()) == store.open(1)
 
 
 def test_retention_by_reference(store):

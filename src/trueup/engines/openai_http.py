@@ -119,14 +119,17 @@ class OpenAIEngine:
 
     def _body(self, request: GenerationRequest) -> dict[str, Any]:
         sampling = request.sampling
+        if sampling.max_tokens is None:
+            raise EngineError(f"{self.name}: name max_tokens; without it a server chooses a limit of its own")
         body: dict[str, Any] = {
             "model": self.model, "prompt": list(request.prompt.token_ids), "n": request.n, "logprobs": 0,
             "return_token_ids": True, "return_tokens_as_token_ids": True, "temperature": sampling.temperature,
             "top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": sampling.min_p,
             "repetition_penalty": sampling.repetition_penalty, "presence_penalty": sampling.presence_penalty,
-            "frequency_penalty": sampling.frequency_penalty, "ignore_eos": request.ignore_eos,
+            "frequency_penalty": sampling.frequency_penalty, "max_tokens": sampling.max_tokens,
+            "ignore_eos": request.ignore_eos,
         }  # fmt: skip
-        optional = {"max_tokens": sampling.max_tokens, "seed": sampling.seed, "stop": list(sampling.stop) or None}
+        optional = {"seed": sampling.seed, "stop": list(sampling.stop) or None}
         return body | {name: value for name, value in optional.items() if value is not None}
 
     def _generate_one(self, request: GenerationRequest, timeout_s: float) -> list[Result]:

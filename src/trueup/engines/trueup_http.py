@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,9 @@ class TrueupEngine(OpenAIEngine):
         return EngineStatus(**content)
 
     def _body(self, request: GenerationRequest) -> dict[str, Any]:
-        return super()._body(request) | {"return_rollout": True}
+        limit = request.sampling.max_tokens
+        known = request if limit is not None else replace(request, sampling=replace(request.sampling, max_tokens=1))
+        return super()._body(known) | {"return_rollout": True, "max_tokens": limit}
 
     def _read(self, choice: dict[str, Any], request: GenerationRequest, sample: int) -> Result:
         sampling: SamplingParams = request.sampling

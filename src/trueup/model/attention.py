@@ -63,6 +63,8 @@ def use_layouts(lm: Any) -> None:
             f"rope type {sorted(kinds & set(UNSTABLE_ROPE))[0]} depends on the longest sequence of the batch: a "
             "token's logprob would depend on its neighbours"
         )
+    if getattr(lm.config, "attention_chunk_size", None):
+        raise ModelError(f"{type(lm).__name__} attends in chunks of its own, which is not supported")
     if not getattr(lm, "_supports_attention_backend", False):
         raise ModelError(f"{type(lm).__name__} does not let its attention function be chosen; use another engine")
     AttentionInterface.register(NAME, _attention)

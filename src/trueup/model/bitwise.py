@@ -43,7 +43,8 @@ class _TiledProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rows = states.reshape(-1, states.shape[-1])
-        assert rows.shape[0] % ROW_TILE == 0, "bitwise mode needs the rows padded to a multiple of 16"
+        if rows.shape[0] % ROW_TILE:
+            raise ModelError(f"bitwise mode cannot run a layer on {rows.shape[0]} rows: it needs multiples of 16")
         ctx.save_for_backward(states, weight)
         ctx.biased = bias is not None
         out = torch.cat([F.linear(tile, weight, bias) for tile in rows.split(ROW_TILE)])

@@ -39,8 +39,20 @@ def open_snapshot(path: Path, *, allowed: Path | None = None) -> WeightSnapshot:
     Raises WeightError when the folder lies outside `allowed` (links followed), was not finished, or its manifest is
     damaged.
     """
+    try:
+        folder, manifest, complete = _read_manifest(path, None if allowed is None else allowed.resolve())
+    except (OSError, RuntimeError, UnicodeError, ValueError) as error:
+        if isinstance(error, WeightError):
+            raise
+        raise WeightError(f"{str(path)[:200]} cannot be read: {error}"[:400]) from None
+    if complete != manifest.digest:
+        raise WeightError(f"{path}: {COMPLETE_FILE} names another manifest than {MANIFEST_FILE} holds")
+    return WeightSnapshot(version=manifest.version, path=folder, manifest=manifest)
+
+
+def _read_manifest(path: Path, allowed: Path | None) -> tuple[Path, Manifest, str]:
     folder = path.resolve()
-    if allowed is not None and not folder.is_relative_to(allowed.resolve()):
+    if allowed is not None and not folder.is_relative_to(allowed):
         raise WeightError(f"{path} is outside the folder that weights may be loaded from")
     if not folder.is_dir():
         raise WeightError(f"weight folder {path} does not exist")
@@ -48,19 +60,13 @@ def open_snapshot(path: Path, *, allowed: Path | None = None) -> WeightSnapshot:
         file = folder / name
         if not file.is_file():
             raise WeightError(f"{path} has no {name}: the version was not published completely")
-        if allowed is not None and not file.resolve().is_relative_to(allowed.resolve()):
+        if allowed is not None and not file.resolve().is_relative_to(allowed):
             raise WeightError(f"{file} leads outside the folder that weights may be loaded from")
     manifest_file = folder / MANIFEST_FILE
     if manifest_file.stat().st_size > MAX_MANIFEST_BYTES:
         raise WeightError(f"{manifest_file} is larger than {MAX_MANIFEST_BYTES} bytes")
-    try:
-        manifest = Manifest.from_json(manifest_file.read_text(encoding="utf-8"))
-        complete = (folder / COMPLETE_FILE).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise WeightError(f"{path} cannot be read: {error}") from None
-    if complete != manifest.digest:
-        raise WeightError(f"{path}: {COMPLETE_FILE} names another manifest than {MANIFEST_FILE} holds")
-    return WeightSnapshot(version=manifest.version, path=folder, manifest=manifest)
+    manifest = Manifest.from_json(manifest_file.read_text(encoding="utf-8"))
+    return folder, manifest, (folder / COMPLETE_FILE).read_text(encoding="utf-8").strip()
 
 
 def load_tensors(snapshot: WeightSnapshot) -> dict[str, Tensor]:
@@ -131,10 +137,11 @@ class WeightStore:
             step(WEIGHTS_FILE)
             _write(work / MANIFEST_FILE, manifest.to_json())
             step(MANIFEST_FILE)
-            os.replace(work, target)
-            _write(target / COMPLETE_FILE, manifest.digest)
-            _sync(self.root)
+            _write(work / COMPLETE_FILE, manifest.digest)
+            _sync(work)
             step(COMPLETE_FILE)
+            os.replace(work, target)
+            _sync(self.root)
         except OSError:
             shutil.rmtree(work, ignore_errors=True)
             raise

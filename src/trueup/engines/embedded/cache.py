@@ -39,6 +39,13 @@ class KVCache:
             self._layers[index] = (_zeros(shape, self.dtype), _zeros(shape, self.dtype))
         return self._layers[index]
 
+    @torch.inference_mode()
+    def wipe(self, slot: int) -> None:
+        """Zero a slot, all of it."""
+        for keys, values in self._layers.values():
+            keys[slot].zero_()
+            values[slot].zero_()
+
     def save(self, slot: int, count: int) -> dict[int, tuple[Tensor, Tensor]]:
         """Copy the first `count` positions of a slot."""
         return {i: (k[slot, :count].clone(), v[slot, :count].clone()) for i, (k, v) in self._layers.items()}
@@ -61,7 +68,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class _Prefix:
-    tokens: tuple[int, ...]
+    tokens: np.ndarray
     owner: Hashable
     saved: dict[int, tuple[Tensor, Tensor]]
 
@@ -82,11 +89,18 @@ class PrefixStore:
     ) -> None:
         """Keep a prompt's state; it replaces nothing and may push out the least recently used."""
         self._enter(version)
-        self._entries[self._next] = _Prefix(tokens=tuple(tokens), owner=owner, saved=saved)
+        self._entries[self._next] = _Prefix(tokens=np.asarray(tokens), owner=owner, saved=saved)
         self._next += 1
         self._tokens += len(tokens)
         while self._tokens > self.max_tokens and len(self._entries) > 1:
             self._tokens -= len(self._entries.popitem(last=False)[1].tokens)
+
+    def holds(self, version: int, tokens: Sequence[int]) -> bool:
+        """Whether just this prompt is kept already, long enough for whoever asks for it."""
+        self._enter(version)
+        return len(tokens) > MIN_PREFIX and any(
+            np.array_equal(entry.tokens, tokens) for entry in self._entries.values()
+        )
 
     def find(
         self, version: int, tokens: Sequence[int], owner: Hashable, *, shared: bool
@@ -103,7 +117,7 @@ class PrefixStore:
             if not own and not shared:
                 continue
             count = min(len(wanted), len(entry.tokens))
-            differ = np.nonzero(wanted[:count] != np.asarray(entry.tokens[:count]))[0]
+            differ = np.nonzero(wanted[:count] != entry.tokens[:count])[0]
             common = int(differ[0]) if len(differ) else count
             if common > best and (own or common >= MIN_PREFIX):
                 best, chosen = common, key

@@ -89,6 +89,31 @@ class Writer(Protocol):
         ...
 
 
+class _Stream:
+    """The text of one streamed completion: what is known of it, and how many characters were sent.
+
+    Only the newest tokens are decoded, from a point where the text before was complete.
+    """
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.first = self.read = self.sent = 0
+        self.text = ""
+
+    def add(self, token: int, tokens: Tokens, stops: Sequence[str], held_back: int) -> str:
+        """Take a token and return the characters that may be sent now."""
+        self.ids.append(token)
+        before, now = tokens.decode(self.ids[self.first : self.read]), tokens.decode(self.ids[self.first :])
+        if now.endswith("\ufffd") or len(now) <= len(before):
+            return ""
+        self.text += now[len(before) :]
+        self.first, self.read = self.read, len(self.ids)
+        found = [at for stop in stops if (at := self.text.find(stop, max(0, self.sent - held_back))) >= 0]
+        ready = max(min(found) if found else len(self.text) - held_back, self.sent)
+        fresh, self.sent = self.text[self.sent : ready], ready
+        return fresh
+
+
 class _Writer:
     """What completions and chat share; subclasses say how a choice looks."""
 
@@ -99,8 +124,7 @@ class _Writer:
         self.body, self.model, self.tokens = body, model, tokens
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
         self.created = int(time.time())
-        self._ids: dict[int, list[int]] = {}
-        self._sent: dict[int, str] = {}
+        self._streams: dict[int, _Stream] = {}
         self._stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
         self._held_back = max((len(s) for s in self._stops), default=1) - 1
 
@@ -136,13 +160,8 @@ class _Writer:
 
     def piece(self, sample: int, token: int, logprob: float, version: int) -> str:
         """The event of one drawn token; text that may still change or turn out to be a stop string is held back."""
-        ids = self._ids.setdefault(sample, [])
-        ids.append(token)
-        text, sent = self.tokens.decode(ids), self._sent.get(sample, "")
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
-        ready = min(found) if found else len(text) - self._held_back
-        fresh = "" if text.endswith("�") else text[len(sent) : max(ready, len(sent))]
-        self._sent[sample] = sent + fresh
+        stream = self._streams.setdefault(sample, _Stream())
+        fresh = stream.add(token, self.tokens, self._stops, self._held_back)
         choice = {"index": sample, "finish_reason": None, "weight_version": version} | self.delta(fresh, token, logprob)
         if self.body.return_token_ids:
             choice["token_ids"] = [token]
@@ -156,7 +175,7 @@ class _Writer:
     def ending(self, request: GenerationRequest, results: Sequence[Result]) -> Iterator[str]:
         """The finish reasons, the rollouts and counts if asked for, and the end mark."""
         for sample, result in enumerate(results):
-            rest = self.text(result)[len(self._sent.get(sample, "")) :]
+            rest = self.text(result)[self._streams[sample].sent if sample in self._streams else 0 :]
             choice = {"index": sample, "finish_reason": _reason(result)} | self.delta(rest, None, None)
             if self.body.return_rollout:
                 choice["rollout"] = rollout_to_json(result)

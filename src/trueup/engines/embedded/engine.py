@@ -8,16 +8,14 @@ the steps; only the swap stands between two of them.
 from __future__ import annotations
 
 import itertools
-import queue
 import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -31,12 +29,13 @@ from trueup.engines.base import (
     Scores,
     UpdateReceipt,
 )
-from trueup.engines.embedded.loop import StepLoop
+from trueup.engines.embedded.loop import StepLoop, Swap
 from trueup.engines.embedded.runner import PolicyRunner, Shadow
 from trueup.engines.embedded.scheduler import Group
 from trueup.engines.embedded.scheduler import Sequence as EngineSequence
 from trueup.engines.embedded.tokens import Tokens
-from trueup.errors import EngineError, TrueupError, WeightError
+from trueup.engines.embedded.worker import Worker, promise, wait
+from trueup.errors import EngineError, WeightError
 from trueup.model.bitwise import arithmetic
 from trueup.model.load import load_model
 from trueup.model.packed import open_policy
@@ -47,8 +46,6 @@ from trueup.weights.snapshot import WeightSnapshot, check_fits_model, dtype_name
 from trueup.weights.store import load_tensors, open_snapshot
 
 NAME = "embedded"
-IDLE_POLL_S = 0.5
-CLOSE_TIMEOUT_S = 30.0
 CAPABILITIES = EngineCapabilities(
     logprob_kinds=frozenset({LogprobKind.PROCESSED, LogprobKind.RAW}),
     raw_logprobs=True,
@@ -62,7 +59,6 @@ CAPABILITIES = EngineCapabilities(
     weight_versions=True,
     cache_lives=True,
 )
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,13 +76,6 @@ class EngineOptions:
     weights_root: Path | None = None
 
 
-def _promise() -> Future[Any]:
-    """A future that nobody can cancel: the engine's thread will keep it, whoever has stopped waiting."""
-    future: Future[Any] = Future()
-    future.set_running_or_notify_cancel()
-    return future
-
-
 class EmbeddedEngine:
     """See engines/base.py for the protocol. `submit` is `generate` without waiting."""
 
@@ -98,17 +87,11 @@ class EmbeddedEngine:
         options = options or EngineOptions()
         self.name, self.options, self.path = NAME, options, path
         self.capabilities = replace(CAPABILITIES, bitwise=options.bitwise)
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._updating = threading.Lock()
         self._group_ids = itertools.count()
-        self._failure: str | None = None
-        self._closing = False
-        opened: Future[None] = Future()
-        self._thread = threading.Thread(target=self._run, args=(opened,), name="trueup-engine", daemon=True)
-        self._thread.start()
-        opened.result()
+        self._worker = Worker(self._open, name="trueup-engine")
 
-    def _open(self) -> None:
+    def _open(self) -> StepLoop:
         """Load everything, in the engine's thread: whichever thread computes first gets OpenMP workers of its own, and
         two sets of them on the same cores halve the speed of both."""
         options = self.options
@@ -119,6 +102,7 @@ class EmbeddedEngine:
         self._loop = StepLoop(self._runner, self.tokens, options, limit)
         self._arithmetic = arithmetic() if options.bitwise else None
         self._digests = {0: manifest_of(0, model.stored_tensors()).digest}
+        return self._loop
 
     @property
     def max_length(self) -> int:
@@ -138,15 +122,9 @@ class EmbeddedEngine:
         `on_token` is called in the engine's thread after each token. Raises EngineError for a request that can never
         run.
         """
-        self._check_ids(request.prompt.token_ids)
+        self.check(request)
         length = len(request.prompt.token_ids)
         wanted = request.sampling.max_tokens
-        if length + (wanted or 1) > self.max_length:
-            raise EngineError(
-                f"prompt of {length} tokens and {wanted or 1} to generate exceed the engine's {self.max_length}; "
-                "shorten the request or start the engine with a larger max_length"
-            )
-        self.tokens.check(request)
         seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(62)
         group_id = next(self._group_ids)
         members = [
@@ -163,28 +141,40 @@ class EmbeddedEngine:
             for sample in range(request.n)
         ]
         group = Group(id=group_id, request=request, members=members, unfinished=request.n)
-        future: Future[list[Result]] = _promise()
-        self._post(lambda: self._loop.add(group, future))
+        future: Future[list[Result]] = promise()
+        self._worker.post(lambda: self._loop.add(group, future))
         return group_id, future
+
+    def check(self, request: GenerationRequest) -> None:
+        """Raise EngineError for a request that can never run."""
+        self._check_ids(request.prompt.token_ids)
+        length, wanted = len(request.prompt.token_ids), request.sampling.max_tokens or 1
+        if length + wanted > self.max_length:
+            raise EngineError(
+                f"prompt of {length} tokens and {wanted} to generate exceed the engine's {self.max_length}; "
+                "shorten the request or start the engine with a larger max_length"
+            )
+        self.tokens.check(request)
 
     def generate(
         self, requests: Sequence[GenerationRequest], *, timeout_s: float = DEFAULT_TIMEOUT_S
     ) -> list[list[Result]]:
         """See Engine.generate. Raises EngineError when the time is over; the requests are aborted then."""
         for request in requests:
-            self._check_ids(request.prompt.token_ids)
+            self.check(request)
         submitted = [self.submit(request) for request in requests]
         return self._collect(submitted, timeout_s)
 
     def score(self, rows: Sequence[ScoredRow], *, timeout_s: float = DEFAULT_TIMEOUT_S) -> list[Scores]:
         """See Engine.score: rows run through the same steps as generation. Raises EngineError."""
-        submitted: list[tuple[int, Future[Any]]] = []
         for row in rows:
-            self._check_ids(row.prompt_ids + row.completion_ids)
             if not row.prompt_ids or not row.completion_ids:
                 raise EngineError("a row to score needs a prompt and a completion")
+            self._check_ids(row.prompt_ids + row.completion_ids)
             if len(row) > self.max_length:
                 raise EngineError(f"a row of {len(row)} tokens exceeds the engine's {self.max_length}")
+        submitted: list[tuple[int, Future[Any]]] = []
+        for row in rows:
             group_id = next(self._group_ids)
             member = EngineSequence(
                 group=group_id,
@@ -194,41 +184,50 @@ class EmbeddedEngine:
                 sampling=None,
             )
             group = Group(id=group_id, request=None, members=[member], unfinished=1)
-            future: Future[Any] = _promise()
-            self._post(lambda g=group, r=row, f=future: self._loop.add_row(g, r, f))  # type: ignore[misc]
+            future: Future[Any] = promise()
+            self._worker.post(lambda g=group, r=row, f=future: self._loop.add_row(g, r, f))  # type: ignore[misc]
             submitted.append((group_id, future))
         return [result for results in self._collect(submitted, timeout_s) for result in results]
 
     def abort(self, group_id: int) -> None:
         """End a request's completions with finish_reason "abort"; harmless if it is done."""
-        self._post(lambda: self._loop.abort(group_id))
+        self._worker.post(lambda: self._loop.abort(group_id))
 
     def pause(self, mode: PauseMode = PauseMode.KEEP, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """See Engine.pause. Raises EngineError when the running requests do not end in time."""
-        stopped: Future[None] = _promise()
-        self._post(lambda: self._loop.pause(mode, stopped))
-        self._wait(stopped, timeout_s, f"pause ({mode})")
+        stopped: Future[None] = promise()
+        self._worker.post(lambda: self._loop.pause(mode, stopped))
+        try:
+            wait(stopped, timeout_s, f"pause ({mode})")
+        except EngineError:
+            self._worker.post(lambda: self._loop.give_up_pause(stopped))
+            raise
 
     def resume(self) -> None:
         """See Engine.resume."""
-        self._call(self._loop.resume)
+        self._worker.call(self._loop.resume, DEFAULT_TIMEOUT_S)
 
     def clear_cache(self) -> None:
         """Forget every key and value: running sequences are computed again, prefixes are dropped."""
-        self._call(self._loop.clear_cache)
+        self._worker.call(self._loop.clear_cache, DEFAULT_TIMEOUT_S)
 
     def update_weights(self, path: Path, *, clear_cache: bool, timeout_s: float = DEFAULT_TIMEOUT_S) -> UpdateReceipt:
-        """See Engine.update_weights. Raises WeightError, or EngineError when another update does not end in time."""
+        """See Engine.update_weights. Raises WeightError, or EngineError when the time is over before the swap."""
+        start = time.perf_counter()
         if not self._updating.acquire(timeout=timeout_s):
-            raise EngineError(f"another update has not ended within {timeout_s:g} s")
+            raise EngineError(f"another update took longer than allowed ({timeout_s:g} s)")
         try:
-            start = time.perf_counter()
+            prepared = promise()
             # A thread of its own that ends: OpenMP workers left behind by the load would slow every later step.
-            with ThreadPoolExecutor(1, thread_name_prefix="trueup-load") as loader:
-                snapshot, shadow = self._wait(loader.submit(self._prepare, path), timeout_s, "loading")
+            threading.Thread(target=self._prepare, args=(path, prepared), name="trueup-load", daemon=True).start()
+            snapshot, shadow = wait(prepared, timeout_s - (time.perf_counter() - start), "loading")
             load_s = time.perf_counter() - start
-            swapped = self._call(lambda: self._loop.swap(snapshot.version, shadow, clear_cache), timeout_s)
-            self._digests[snapshot.version] = snapshot.manifest.digest
+
+            def swap() -> Swap:
+                self._digests[snapshot.version] = snapshot.manifest.digest
+                return self._loop.swap(snapshot.version, shadow, clear_cache)
+
+            swapped = self._worker.call(swap, timeout_s - load_s)
         finally:
             self._updating.release()
         return UpdateReceipt(
@@ -242,25 +241,27 @@ class EmbeddedEngine:
             kv="cleared" if clear_cache else "kept",
         )
 
-    def _prepare(self, path: Path) -> tuple[WeightSnapshot, Shadow]:
+    def _prepare(self, path: Path, prepared: Future[tuple[WeightSnapshot, Shadow]]) -> None:
         """Read a version, verify it and make it ready, while the engine goes on stepping."""
-        snapshot = open_snapshot(path, allowed=self.options.weights_root)
-        digest = snapshot.manifest.digest
-        if self._digests.get(snapshot.version, digest) != digest:
-            raise WeightError(
-                f"version {snapshot.version} was served before with other weights: a stamp must name one set of "
-                "weights; publish under a new number"
-            )
-        model = self._runner.model
-        expected = {n: tuple(t.shape) for n, t in model.stored_tensors().items()}
-        check_fits_model(snapshot.manifest, expected, model.dtype)
-        return snapshot, self._runner.shadow(load_tensors(snapshot))
+        try:
+            snapshot = open_snapshot(path, allowed=self.options.weights_root)
+            digest = snapshot.manifest.digest
+            if self._digests.get(snapshot.version, digest) != digest:
+                raise WeightError(
+                    f"version {snapshot.version} was served before with other weights: a stamp must name one set of "
+                    "weights; publish under a new number"
+                )
+            model = self._runner.model
+            expected = {n: tuple(t.shape) for n, t in model.stored_tensors().items()}
+            check_fits_model(snapshot.manifest, expected, model.dtype)
+            prepared.set_result((snapshot, self._runner.shadow(load_tensors(snapshot))))
+        except BaseException as error:  # noqa: BLE001  (handed to the thread that waits for it)
+            prepared.set_exception(error)
 
     def status(self) -> EngineStatus:
         """See Engine.status. Raises EngineError when the engine's thread has failed."""
         loop, precision = self._loop, self.options
-        if self._failure is not None:
-            raise EngineError(self._failure)
+        self._worker.check_open()
         return EngineStatus(
             engine=self.name,
             version=loop.version,
@@ -286,76 +287,19 @@ class EmbeddedEngine:
 
     def close(self) -> None:
         """See Engine.close."""
-        if self._thread.is_alive():
-            self._closing = True
-            self._inbox.put(lambda: None)
-            self._thread.join(CLOSE_TIMEOUT_S)
+        self._worker.close()
 
     def _check_ids(self, ids: Sequence[int]) -> None:
-        if self._closing or self._failure is not None:
-            raise EngineError(self._failure or "the engine is closed")
-        if max(ids) >= self.vocab_size:
-            raise EngineError(f"token id {max(ids)} is outside the model's vocabulary of {self.vocab_size}")
+        self._worker.check_open()
+        if not ids or min(ids) < 0 or max(ids) >= self.vocab_size:
+            wrong = f"token id {max(ids, key=abs)}" if ids else "an empty prompt"
+            raise EngineError(f"{wrong} is outside the model's vocabulary of {self.vocab_size}")
 
     def _collect(self, submitted: Sequence[tuple[int, Future[Any]]], timeout_s: float) -> list[Any]:
         deadline = time.monotonic() + timeout_s
         try:
-            return [self._wait(future, deadline - time.monotonic(), "generation") for _, future in submitted]
+            return [wait(future, deadline - time.monotonic(), "generation") for _, future in submitted]
         except EngineError:
             for group_id, _ in submitted:
                 self.abort(group_id)
             raise
-
-    def _post(self, function: Callable[[], None]) -> None:
-        if self._closing or self._failure is not None:
-            raise EngineError(self._failure or "the engine is closed")
-        self._inbox.put(function)
-
-    def _call(self, function: Callable[[], T], timeout_s: float = DEFAULT_TIMEOUT_S) -> T:
-        """Run a function between two steps and return its result."""
-        future: Future[T] = _promise()
-
-        def run() -> None:
-            try:
-                future.set_result(function())
-            except TrueupError as error:
-                future.set_exception(error)
-
-        self._post(run)
-        return self._wait(future, timeout_s, "the engine's answer")
-
-    @staticmethod
-    def _wait(future: Future[T], timeout_s: float, what: str) -> T:
-        try:
-            return future.result(timeout=max(timeout_s, 0.0))
-        except FutureTimeout:
-            raise EngineError(f"{what} took longer than allowed") from None
-
-    def _run(self, opened: Future[None]) -> None:
-        """The engine's thread: what was handed in, then a step, until it is closed or broken."""
-        try:
-            self._open()
-        except BaseException as error:  # noqa: BLE001  (handed to the thread that is waiting for it)
-            opened.set_exception(error)
-            return
-        opened.set_result(None)
-        try:
-            while not self._closing:
-                self._take_calls(wait=not self._loop.has_work)
-                if self._loop.has_work and not self._closing:
-                    self._loop.step()
-        except Exception as error:  # noqa: BLE001  (whatever broke, nobody may wait for this thread any longer)
-            self._failure = f"the engine stopped: {type(error).__name__}: {error}"
-        finally:
-            self._closing = True
-            self._loop.stop(self._failure or "the engine is closed")
-            self._take_calls(wait=False)
-
-    def _take_calls(self, *, wait: bool) -> None:
-        while True:
-            try:
-                function = self._inbox.get(timeout=IDLE_POLL_S) if wait else self._inbox.get_nowait()
-            except queue.Empty:
-                return
-            function()
-            wait = False

@@ -17,7 +17,7 @@ from trueup.engines.embedded.runner import PolicyRunner, Shadow
 from trueup.engines.embedded.sampler import sample
 from trueup.engines.embedded.scheduler import Group, Scheduler, Sequence, Work
 from trueup.engines.embedded.tokens import Tokens
-from trueup.errors import EngineError, NumericsError
+from trueup.errors import EngineError, NumericsError, RecordError
 from trueup.model.scoring import ScoredRow
 from trueup.policy.logprobs import token_scores_under
 from trueup.policy.processing import Distribution
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from trueup.engines.embedded.engine import EngineOptions
 
 NAME = "embedded"
+CLEAN_ENDS = ("stop", "length", "scored")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +66,7 @@ class StepLoop:
     def has_work(self) -> bool:
         """Whether a step would do anything."""
         waiting = self.scheduler.waiting and self.scheduler.admitting
-        return not self.paused and bool(self.scheduler.running or waiting)
+        return not self.paused and bool(waiting or self.scheduler.begun)
 
     def add(self, group: Group, future: Future[Any]) -> None:
         """Queue a request; the future gets its list of results."""
@@ -88,12 +89,18 @@ class StepLoop:
         if mode == PauseMode.ABORT:
             for group_id in list(self.scheduler.groups):
                 self.abort(group_id)
-        if mode == PauseMode.WAIT and self.scheduler.running and not self.paused:
+        if mode == PauseMode.WAIT and self.scheduler.begun and not self.paused:
             self.scheduler.admitting = False
             self._stopped.append(stopped)
             return
         self.paused = True
         stopped.set_result(None)
+
+    def give_up_pause(self, stopped: Future[None]) -> None:
+        """Whoever asked for a pause waits no longer: admit requests again, unless somebody else still waits."""
+        if stopped in self._stopped:
+            self._stopped.remove(stopped)
+            self.scheduler.admitting = not self._stopped
 
     def resume(self) -> None:
         """Take steps again."""
@@ -106,6 +113,8 @@ class StepLoop:
         """Forget keys and values, prefixes included; rows being scored start again."""
         self.scheduler.forget_cache()
         self.prefixes.clear()
+        for group in self.scheduler.groups.values():
+            group.prompt_ready = None
         for row in self._rows.values():
             row.states.clear()
 
@@ -128,7 +137,7 @@ class StepLoop:
     def step(self) -> None:
         """Run one forward pass over what is planned and draw a token wherever a sequence is complete.
 
-        Logits that are not finite end the sequences of the step as failures; the engine goes on.
+        A sequence whose states or logits are not finite ends as a failure; the others and the engine go on.
         """
         for sequence in self.scheduler.admit(self.version):
             self._start_from_prefix(sequence)
@@ -140,14 +149,6 @@ class StepLoop:
         ids = [i for work, span in zip(plan, spans, strict=True) for i in work.sequence.tokens[span.start : span.end]]
         hidden_TD = self.runner.forward(spans, ids)
         self.prefill_tokens += sum(s.count for s in spans if s.count > 1)
-        try:
-            self._advance(plan, hidden_TD)
-        except NumericsError as error:
-            for work in plan:
-                if work.sequence.finish_reason is None:
-                    self._finish(work.sequence, f"error: {error}")
-
-    def _advance(self, plan: list[Work], hidden_TD: Tensor) -> None:
         ready: list[Sequence] = []
         rows: list[int] = []
         end = 0
@@ -159,16 +160,25 @@ class StepLoop:
             elif sequence.left == 0:
                 ready.append(sequence)
                 rows.append(end - 1)
-        if not ready:
-            return
-        states = hidden_TD if rows == list(range(len(hidden_TD))) else hidden_TD[torch.tensor(rows)]
+        if ready:
+            whole = rows == list(range(len(hidden_TD)))
+            self._draw(ready, hidden_TD if whole else hidden_TD[torch.tensor(rows)])
+
+    def _draw(self, ready: list[Sequence], states_TD: Tensor) -> None:
+        """Draw, stamp and report a token for each sequence; end those that are done."""
+        for sequence, error in sample(states_TD, self.runner.head, ready, self.version):
+            self._finish(sequence, f"error: {error}")
         for sequence in ready:
+            if sequence.finish_reason is not None:
+                continue
+            self.generated_tokens += 1
             self._keep_prompt(sequence)
-        sample(states, self.runner.head, ready, self.version)
-        self.generated_tokens += len(ready)
-        for sequence in ready:
             if sequence.on_token is not None:
-                sequence.on_token(sequence)
+                try:
+                    sequence.on_token(sequence)
+                except Exception:  # noqa: BLE001  (a listener that fails ends its own request, nobody else's)
+                    self.abort(sequence.group)
+                    continue
             reason = self._end_of(sequence)
             if reason is not None:
                 self._finish(sequence, reason)
@@ -195,12 +205,14 @@ class StepLoop:
     def _keep_prompt(self, sequence: Sequence) -> None:
         """Store a prompt that was just computed, for its group and, with prefix caching, for later requests."""
         group = self.scheduler.groups[sequence.group]
-        fresh = len(sequence.tokens) == sequence.prompt_tokens and group.prompt_ready != self.version
+        fresh = len(sequence.versions) == 1 and group.prompt_ready != self.version
         pure = sequence.lives[-1][1] == [[self.version, sequence.prompt_tokens]]
         if fresh and pure and (len(group.members) > 1 or self.share_prefixes):
             assert sequence.slot is not None
-            saved = self.runner.cache.save(sequence.slot, sequence.prompt_tokens)
-            self.prefixes.put(self.version, sequence.tokens, sequence.group, saved)
+            prompt = sequence.tokens[: sequence.prompt_tokens]
+            if not (self.share_prefixes and self.prefixes.holds(self.version, prompt)):
+                saved = self.runner.cache.save(sequence.slot, sequence.prompt_tokens)
+                self.prefixes.put(self.version, prompt, sequence.group, saved)
             group.prompt_ready = self.version
 
     def _scored(self, sequence: Sequence, states_TD: Tensor) -> None:
@@ -211,15 +223,19 @@ class StepLoop:
         if sequence.left:
             return
         targets_T = torch.tensor(held.row.completion_ids)
-        scores = token_scores_under(torch.cat(held.states), self.runner.head, targets_T, dists=[Distribution()])[0]
-        sequence.raw_logprobs = scores.logprobs_T.tolist()
+        try:
+            scored = token_scores_under(torch.cat(held.states), self.runner.head, targets_T, dists=[Distribution()])[0]
+        except NumericsError as error:
+            self._finish(sequence, f"error: {error}")
+            return
+        sequence.raw_logprobs = scored.logprobs_T.tolist()
         self._finish(sequence, "scored")
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
+        if sequence.slot is not None and reason not in CLEAN_ENDS:
+            self.runner.cache.wipe(sequence.slot)  # what it wrote may not be finite, and a mask does not hide NaN
         group = self.scheduler.finish(sequence, reason)
-        if self.paused or self.scheduler.running:
-            pass
-        elif self._stopped:
+        if self._stopped and not self.scheduler.begun:
             self.paused = True
             for stopped in self._stopped:
                 stopped.set_result(None)
@@ -231,16 +247,20 @@ class StepLoop:
         future = self._futures.pop(group.id)
         held = self._rows.pop(group.id, None)
         if held is None:
-            future.set_result([rollout_of(group, member) for member in group.members])
+            try:
+                future.set_result([rollout_of(group, member) for member in group.members])
+            except RecordError as error:
+                future.set_exception(error)
         elif reason == "scored":
             future.set_result([Scores(logprobs=tuple(sequence.raw_logprobs), version=self.version)])
         else:
             future.set_exception(EngineError(f"scoring ended: {reason}"))
 
-    def stop(self, reason: str) -> None:
+    def stop(self, reason: str, *, failed: bool) -> None:
         """End everything: nobody may wait for an engine that takes no more steps."""
-        for group_id in list(self.scheduler.groups):
-            self.abort(group_id)
+        for group in list(self.scheduler.groups.values()):
+            for sequence in [s for s in group.members if s.finish_reason is None]:
+                self._finish(sequence, f"error: {reason}" if failed else "abort")
         for stopped in self._stopped:
             stopped.set_exception(EngineError(reason))
         self._stopped.clear()

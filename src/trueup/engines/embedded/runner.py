@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trueup.engines.embedded.cache import KVCache
-from trueup.engines.embedded.fused import FusedBody, fuse
+from trueup.engines.embedded.fused import FusedBody, Weights, fuse
 from trueup.engines.embedded.layout import Span, StepLayout, TiledStepLayout
 from trueup.model.bitwise import padded_rows
 from trueup.model.load import LoadedModel
@@ -34,7 +34,7 @@ class PolicyRunner:
     def __init__(self, model: LoadedModel, cache: KVCache, *, head_dtype: torch.dtype) -> None:
         self.model, self.cache, self.head_dtype = model, cache, head_dtype
         self.fused = fuse(model)
-        self.head = self._head(model.weight_VD)
+        self.head = self._head(torch.detach)
 
     @classmethod
     def of(cls, model: LoadedModel, *, slots: int, capacity: int, head_dtype: torch.dtype) -> PolicyRunner:
@@ -70,7 +70,7 @@ class PolicyRunner:
 
         return Shadow(
             tensors=cast,
-            head=self._head(weights(self.model.weight_VD)),
+            head=self._head(weights),
             fused=None if self.fused is None else FusedBody(self.model, weights),
         )
 
@@ -85,6 +85,8 @@ class PolicyRunner:
     def _owners(self) -> dict[str, Tensor]:
         return dict(self.model.lm.named_parameters()) | dict(self.model.lm.named_buffers())
 
-    def _head(self, weight_VD: Tensor) -> Head:
+    def _head(self, weights: Weights) -> Head:
         """The head with its weight stored in the dtype it is multiplied in, so that no step casts it again."""
-        return replace(Head.of(self.model, self.head_dtype), weight_VD=weight_VD.detach().to(self.head_dtype))
+        head = Head.of(self.model, self.head_dtype)
+        bias_V = None if head.bias_V is None else weights(head.bias_V).detach()
+        return replace(head, weight_VD=weights(head.weight_VD).detach().to(self.head_dtype), bias_V=bias_V)

@@ -13,34 +13,54 @@ import torch
 from torch import Tensor
 
 from trueup.engines.embedded.scheduler import Sequence
+from trueup.errors import NumericsError
 from trueup.policy.draw import draw, uniform
 from trueup.policy.head import Head
 from trueup.policy.processing import Distribution, SeenTokens
 from trueup.types import LogprobKind, SamplingParams
 
 
-def sample(hidden_TD: Tensor, head: Head, sequences: Rows[Sequence], version: int) -> None:
-    """Draw the next token of each sequence and append it with its logprobs and weight version."""
+def sample(
+    hidden_TD: Tensor, head: Head, sequences: Rows[Sequence], version: int
+) -> list[tuple[Sequence, NumericsError]]:
+    """Draw the next token of each sequence and append it with its logprobs and weight version.
+
+    Returns the sequences for which that failed, and why; the others have their token.
+    """
+    failed: list[tuple[Sequence, NumericsError]] = []
     together: dict[tuple[Distribution, bool], list[int]] = defaultdict(list)
     for row, sequence in enumerate(sequences):
         assert sequence.sampling is not None
         together[distribution(sequence.sampling)].append(row)
     for (dist, greedy), rows in together.items():
-        chosen = [sequences[row] for row in rows]
-        noise = None if greedy else torch.tensor([_noise(s) for s in chosen], dtype=torch.float64)
-        seen = seen_tokens(chosen) if dist.penalises else None
         states = hidden_TD if len(rows) == len(sequences) else hidden_TD[rows]
-        drawn = draw(states, head, dist, noise, seen=seen)
-        scores = drawn.processed or drawn.raw
-        columns = (
-            drawn.token_ids_T, scores.logprobs_T, drawn.raw.logprobs_T, scores.log_kept_mass_T
-        )  # fmt: skip
-        for sequence, token, logprob, raw, mass in zip(chosen, *(c.tolist() for c in columns), strict=True):
-            sequence.tokens.append(token)
-            sequence.logprobs.append(logprob)
-            sequence.raw_logprobs.append(raw)
-            sequence.log_kept_masses.append(mass)
-            sequence.versions.append(version)
+        chosen = [sequences[row] for row in rows]
+        try:
+            _draw(states, head, dist, greedy, chosen, version)
+        except NumericsError:  # somebody's logits are not finite: draw one by one to see whose
+            for row, sequence in enumerate(chosen):
+                try:
+                    _draw(states[row : row + 1], head, dist, greedy, [sequence], version)
+                except NumericsError as error:
+                    failed.append((sequence, error))
+    return failed
+
+
+def _draw(
+    states_TD: Tensor, head: Head, dist: Distribution, greedy: bool, sequences: Rows[Sequence], version: int
+) -> None:
+    if not bool(torch.isfinite(states_TD).all()):
+        raise NumericsError("hidden states are not finite")
+    noise = None if greedy else torch.tensor([_noise(s) for s in sequences], dtype=torch.float64)
+    drawn = draw(states_TD, head, dist, noise, seen=seen_tokens(sequences) if dist.penalises else None)
+    scores = drawn.processed or drawn.raw
+    columns = (drawn.token_ids_T, scores.logprobs_T, drawn.raw.logprobs_T, scores.log_kept_mass_T)
+    for sequence, token, logprob, raw, mass in zip(sequences, *(c.tolist() for c in columns), strict=True):
+        sequence.tokens.append(token)
+        sequence.logprobs.append(logprob)
+        sequence.raw_logprobs.append(raw)
+        sequence.log_kept_masses.append(mass)
+        sequence.versions.append(version)
 
 
 def distribution(sampling: SamplingParams) -> tuple[Distribution, bool]:

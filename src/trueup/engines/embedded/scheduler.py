@@ -82,6 +82,8 @@ class Group:
     request: GenerationRequest | None
     members: list[Sequence]
     unfinished: int
+    begun: bool = False
+    """Whether one of its members has been given a slot."""
     prompt_ready: int | None = None
     """Weight version under which the prompt lies in the prefix store."""
 
@@ -105,6 +107,11 @@ class Scheduler:
         self.groups: dict[int, Group] = {}
         self.admitting = True
 
+    @property
+    def begun(self) -> bool:
+        """Whether a request is under way: running, or partly so with members still waiting."""
+        return bool(self.running) or any(group.begun for group in self.groups.values())
+
     def add(self, group: Group) -> None:
         """Queue a request's completions, first come first served."""
         self.groups[group.id] = group
@@ -114,22 +121,24 @@ class Scheduler:
         """Give free slots to waiting sequences and return them.
 
         Of a group whose prompt is not computed yet under this version one member goes first; the others wait for it,
-        and so does nobody else.
+        and so does nobody else. While a pause waits for the running requests, only members of those are admitted.
         """
         admitted: list[Sequence] = []
-        if not self.admitting:
-            return admitted
         leading = {s.group for s in self.running if s.computed < s.prompt_tokens}
         held: list[Sequence] = []
         while self.waiting and self.free:
             sequence = self.waiting.popleft()
             group = self.groups[sequence.group]
+            if not (self.admitting or group.begun):
+                held.append(sequence)
+                continue
             if len(group.members) > 1 and group.prompt_ready != version:
                 if group.id in leading:
                     held.append(sequence)
                     continue
                 leading.add(group.id)
             sequence.slot = self.free.pop()
+            group.begun = True
             self.running.append(sequence)
             admitted.append(sequence)
         self.waiting.extendleft(reversed(held))

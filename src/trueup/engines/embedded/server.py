@@ -10,9 +10,11 @@ import hmac
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Body, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -33,9 +35,10 @@ from trueup.engines.embedded.wire import (
 from trueup.errors import EngineError, TrueupError
 from trueup.model.scoring import ScoredRow
 
+Answer = TypeVar("Answer")
 MAX_BODY_BYTES = 32 * 2**20
 DISCONNECT_POLL_S = 0.5
-BAD_REQUEST, UNAUTHENTICATED, TIMED_OUT, TOO_LARGE, TOO_MANY, GONE = 400, 401, 408, 413, 429, 503
+BAD_REQUEST, UNAUTHENTICATED, TIMED_OUT, NO_LENGTH, TOO_LARGE, TOO_MANY, GONE = 400, 401, 408, 411, 413, 429, 503
 OPEN_PATHS = ("/health", "/openapi.json")
 BEARER = HTTPBearer(auto_error=False)
 """Declares the scheme in the OpenAPI document; the token is checked before anything of a body is read."""
@@ -45,6 +48,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         (BAD_REQUEST, "The request cannot be served as it is; the message says why."),
         (UNAUTHENTICATED, "No bearer token, or a wrong one."),
         (TIMED_OUT, "Not done in time, e.g. because the engine is paused; the request was aborted."),
+        (NO_LENGTH, "A body without content-length."),
         (TOO_LARGE, "The body is too large."),
         (TOO_MANY, "The queue is full."),
         (GONE, "The engine has stopped."),
@@ -60,17 +64,31 @@ class Served:
         self.request_timeout_s, self.max_queue = request_timeout_s, max_queue
         self.model = engine.path.name
         self.started = int(time.time())
+        self.quick, self.waiting, self.updating, self.scoring = (
+            ThreadPoolExecutor(threads, thread_name_prefix=f"trueup-{kind}")
+            for kind, threads in (("quick", 2), ("waiting", 8), ("updating", 1), ("scoring", 8))
+        )
 
     def knows(self, request: Request) -> bool:
         """Whether a request may come in: it carries the token, or asks for something open to all."""
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         holds = scheme.lower() == "bearer" and hmac.compare_digest(given.encode(), self.token.encode())
-        return holds or request.url.path in OPEN_PATHS
+        return holds or request.scope["path"] in OPEN_PATHS
+
+    def check_room(self, requests: list[GenerationRequest]) -> None:
+        """Refuse requests that would overfill the queue."""
+        if self.engine.status().waiting + sum(request.n for request in requests) > self.max_queue:
+            raise _Busy
+
+    async def apart(self, executor: ThreadPoolExecutor, function: Callable[[], Answer]) -> Answer:
+        """Run a blocking call among its own kind, so that calls that wait never keep out those they wait for."""
+        return await asyncio.get_running_loop().run_in_executor(executor, function)
 
     async def generate(self, requests: list[GenerationRequest], client: Request) -> list[list[Result]]:
         """Run requests to their end; abort them if the client goes away or the time is over."""
-        if self.engine.status().waiting >= self.max_queue:
-            raise _Busy
+        self.check_room(requests)
+        for request in requests:
+            self.engine.check(request)
         submitted = [self.engine.submit(request) for request in requests]
         done = asyncio.gather(*(asyncio.wrap_future(future) for _, future in submitted))
         deadline = time.monotonic() + self.request_timeout_s
@@ -142,6 +160,8 @@ def _handle_errors(app: FastAPI, served: Served) -> None:
         if not served.knows(request):
             message = "send the server's token as a bearer token"
             return _error(UNAUTHENTICATED, message, **{"WWW-Authenticate": "Bearer"})
+        if "transfer-encoding" in request.headers:
+            return _error(NO_LENGTH, "send a content-length: bodies of unknown size are not read")
         length = request.headers.get("content-length", "0")
         if not length.isdigit() or int(length) > MAX_BODY_BYTES:
             return _error(TOO_LARGE, f"the body may have at most {MAX_BODY_BYTES} bytes")
@@ -168,7 +188,8 @@ def _add_openai(app: FastAPI, served: Served) -> None:
         scores = None
         if body.prompt_logprobs is not None:
             rows = [completions.prompt_row(request) for request in requests]
-            scores = await asyncio.to_thread(served.engine.score, rows, timeout_s=served.request_timeout_s)
+            run = partial(served.engine.score, rows, timeout_s=served.request_timeout_s)
+            scores = await served.apart(served.scoring, run)
         writer = completions.CompletionWriter(body, served.model, served.engine.tokens)
         return JSONResponse(writer.whole(requests, results, scores))
 
@@ -185,8 +206,7 @@ def _add_openai(app: FastAPI, served: Served) -> None:
     ) -> StreamingResponse:
         if len(requests) != 1:
             raise EngineError("a stream carries one prompt; send one request each")
-        if served.engine.status().waiting >= served.max_queue:
-            raise _Busy
+        served.check_room(requests)
         loop = asyncio.get_running_loop()
         drawn: asyncio.Queue[Any] = asyncio.Queue()
 
@@ -232,36 +252,37 @@ def _add_control(app: FastAPI, served: Served) -> None:
     guarded: dict[str, Any] = {"dependencies": [Depends(BEARER)], "responses": ERRORS}
 
     @app.post("/control/pause", **guarded)
-    def pause(body: Annotated[PauseRequest, Body()]) -> dict[str, Any]:
-        served.engine.pause(body.mode, timeout_s=body.timeout_s or served.request_timeout_s)
+    async def pause(body: Annotated[PauseRequest, Body()]) -> dict[str, Any]:
+        timeout_s = body.timeout_s or served.request_timeout_s
+        await served.apart(served.waiting, lambda: served.engine.pause(body.mode, timeout_s=timeout_s))
         return {"paused": True}
 
     @app.post("/control/resume", **guarded)
-    def resume() -> dict[str, Any]:
-        served.engine.resume()
+    async def resume() -> dict[str, Any]:
+        await served.apart(served.quick, served.engine.resume)
         return {"paused": False}
 
     @app.post("/control/clear_cache", **guarded)
-    def clear_cache() -> dict[str, Any]:
-        served.engine.clear_cache()
+    async def clear_cache() -> dict[str, Any]:
+        await served.apart(served.quick, served.engine.clear_cache)
         return {"cleared": True}
 
     @app.post("/control/update_weights", **guarded)
-    def update_weights(body: Annotated[UpdateRequest, Body()]) -> dict[str, Any]:
+    async def update_weights(body: Annotated[UpdateRequest, Body()]) -> dict[str, Any]:
         if served.engine.options.weights_root is None:
             raise EngineError("this server takes no weights: start it with --weights FOLDER")
-        if "\0" in body.path:
-            raise EngineError("path holds a null character")
-        receipt = served.engine.update_weights(
-            Path(body.path), clear_cache=body.clear_cache, timeout_s=served.request_timeout_s
-        )
-        return asdict(receipt)
+        update = partial(
+            served.engine.update_weights, Path(body.path), clear_cache=body.clear_cache,
+            timeout_s=served.request_timeout_s,
+        )  # fmt: skip
+        return asdict(await served.apart(served.updating, update))
 
     @app.post("/control/score", **guarded)
-    def score(body: Annotated[ScoreRequest, Body()]) -> dict[str, Any]:
+    async def score(body: Annotated[ScoreRequest, Body()]) -> dict[str, Any]:
         rows = [
             ScoredRow(prompt_ids=tuple(row.prompt_token_ids), completion_ids=tuple(row.completion_token_ids))
             for row in body.rows
         ]
-        scores = served.engine.score(rows, timeout_s=served.request_timeout_s)
+        run = partial(served.engine.score, rows, timeout_s=served.request_timeout_s)
+        scores = await served.apart(served.scoring, run)
         return {"scores": [{"logprobs": s.logprobs, "version": s.version} for s in scores]}

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 from trueup.engines.base import EngineCapabilities, PauseMode, RolloutFailure
-from trueup.errors import EngineError
+from trueup.errors import EngineError, RecordError
 from trueup.types import (
     SAMPLING_FIELDS,
     SHAPING_FIELDS,
@@ -208,5 +208,7 @@ def rollout_from_json(
                 for life in content["cache_lives"]
             ),
         )
-    except (KeyError, TypeError) as error:
+    except RecordError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
         raise EngineError(f"{engine} sent no complete rollout: {error}") from None
