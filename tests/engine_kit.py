@@ -70,14 +70,14 @@ def train_scores(model: LoadedModel, rollouts, *, dist=None, kind=None):
     return train_scores_and_draws(model, rollouts, dist=dist, kind=kind, draws=False)[0]
 
 
-def train_scores_and_draws(model: LoadedModel, rollouts, *, dist=None, kind=None, draws=True):
+def train_scores_and_draws(model: LoadedModel, rollouts, *, dist=None, kind=None, draws=True, head_dtype=torch.float32):
     """The training forward's scores [T], and the tokens [T] that its logits draw with the rollouts' seeds.
 
     All rollouts have the same sampling parameters but for the seed.
     """
     hidden_TD = packed_hidden_states(model, [row_of(r) for r in rollouts])
     targets_T, history = targets(rollouts)
-    head = Head.of(model, torch.float32)
+    head = Head.of(model, head_dtype)
     dist = dist or Distribution.of(kind or rollouts[0].logprob_kind, rollouts[0].sampling)
     scores = token_scores(hidden_TD, head, targets_T, dist=dist, history=history)
     if not draws:

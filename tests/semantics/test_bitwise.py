@@ -51,7 +51,7 @@ def arrive_at_random(engine, requests, seed):
     return results
 
 
-def assert_exact(model, rollouts, version=None):
+def assert_exact(model, rollouts, version=None, head_dtype=torch.float32):
     """Every r of a version's tokens is exactly 0.0, and the trainer's logits with the same noise draw the very tokens.
 
     Returns how many tokens those were.
@@ -60,7 +60,7 @@ def assert_exact(model, rollouts, version=None):
     at_T = torch.ones_like(version_T, dtype=torch.bool) if version is None else version_T == version
     if not at_T.any():
         return 0
-    scores, drawn_T = train_scores_and_draws(model, rollouts)
+    scores, drawn_T = train_scores_and_draws(model, rollouts, head_dtype=head_dtype)
     assert scores.logprobs_T.requires_grad
     assert torch.equal(scores.logprobs_T.detach()[at_T], behaviour(rollouts)[at_T])
     assert torch.equal(drawn_T[at_T], torch.tensor([i for r in rollouts for i in r.token_ids])[at_T])
@@ -83,6 +83,20 @@ def test_every_sampling_kind_random_arrivals_groups_and_chunks(tmp_path, dtype):
     assert sum(assert_exact(model, group) for group in results) >= 800
     assert status.details["prefix_hit_tokens"] >= 5 * 149  # the group's prompt was computed once
     require_same_arithmetic(arithmetic(), status.arithmetic)
+
+
+def test_a_bf16_head_on_both_sides(tmp_path):
+    path = make_tiny(tmp_path / "tiny", tied=True, dtype=torch.bfloat16)
+    engine = EmbeddedEngine(path, options(torch.bfloat16, head_dtype=torch.bfloat16))
+    try:
+        group = engine.generate([request(30, seed=1, n=4, tokens=40)])[0]
+        assert engine.status().precision == {"body": "bfloat16", "head": "bfloat16"}
+    finally:
+        engine.close()
+    model = trainer(path, dtype=torch.bfloat16, bitwise=True)
+    assert assert_exact(model, group, head_dtype=torch.bfloat16) == 160
+    other = train_scores(model, group).logprobs_T.detach()
+    assert float((other - behaviour(group)).abs().max()) > 1e-3  # an fp32 head is another arithmetic
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -108,18 +122,19 @@ def test_three_updates_in_flight(tmp_path, dtype, clear):
     rollouts = []
     try:
         work = threading.Thread(target=lambda: rollouts.extend(
-            r for group in engine.generate([request(20 + i, seed=i, n=2, tokens=120) for i in range(5)]) for r in group
+            r for group in engine.generate([request(20 + i, seed=i, n=4, tokens=120) for i in range(5)]) for r in group
         ))  # fmt: skip
         work.start()
         for snapshot in versions:
             made = engine.status().generated_tokens
-            while engine.status().generated_tokens < made + 150:
+            while engine.status().generated_tokens < made + 400:
+                assert work.is_alive(), "everything was generated before the last update"
                 time.sleep(0.002)
             engine.update_weights(snapshot.path, clear_cache=clear)
         work.join(timeout=300)
     finally:
         engine.close()
-    assert len(rollouts) == 10
+    assert sum(len(r.token_ids) for r in rollouts) == 20 * 120 >= 2000
     assert {v for r in rollouts for v in r.weight_versions} == {0, 1, 2, 3}
     tensors_of = tensors_by_version(store, path, dtype=dtype)
     if clear:
@@ -156,6 +171,7 @@ def test_smollm2_over_two_thousand_tokens(smollm2, tmp_path, dtype):
         for snapshot in versions:
             made = engine.status().generated_tokens
             while engine.status().generated_tokens < made + 400:
+                assert work.is_alive(), "everything was generated before the last update"
                 time.sleep(0.01)
             engine.update_weights(snapshot.path, clear_cache=True)
         work.join(timeout=500)

@@ -1,8 +1,8 @@
 """The embedded engine itself: a thread that takes steps, and the calls that other threads make into it.
 
 Everything that touches model, cache or scheduler happens in the engine's own thread between two steps; other threads
-hand in functions and wait for their result. Loading and verifying new weights happens in the caller's thread, beside
-the steps; only the swap stands between two of them.
+hand in functions and wait for their result. New weights are loaded and verified in a thread of their own, beside the
+steps; only the swap stands between two of them.
 """
 
 from __future__ import annotations
@@ -291,9 +291,8 @@ class EmbeddedEngine:
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         self._worker.check_open()
-        if not ids or min(ids) < 0 or max(ids) >= self.vocab_size:
-            wrong = f"token id {max(ids, key=abs)}" if ids else "an empty prompt"
-            raise EngineError(f"{wrong} is outside the model's vocabulary of {self.vocab_size}")
+        if min(ids) < 0 or max(ids) >= self.vocab_size:
+            raise EngineError(f"token id {max(ids, key=abs)} is outside the model's vocabulary of {self.vocab_size}")
 
     def _collect(self, submitted: Sequence[tuple[int, Future[Any]]], timeout_s: float) -> list[Any]:
         deadline = time.monotonic() + timeout_s
