@@ -26,7 +26,8 @@ def one(mode: str, dtype: str, batch: int) -> dict[str, float]:
     import torch
 
     from trueup.engines.base import GenerationRequest
-    from trueup.engines.embedded.engine import EmbeddedEngine, EngineOptions
+    from trueup.engines.embedded.engine import EmbeddedEngine
+    from trueup.engines.embedded.options import EngineOptions
     from trueup.model.load import load_model
     from trueup.model.packed import open_policy, packed_hidden_states
     from trueup.model.scoring import ScoredRow

@@ -58,7 +58,8 @@ def trueup_worker(head: str) -> None:
     import torch
 
     from trueup.engines.base import GenerationRequest
-    from trueup.engines.embedded.engine import EmbeddedEngine, EngineOptions
+    from trueup.engines.embedded.engine import EmbeddedEngine
+    from trueup.engines.embedded.options import EngineOptions
     from trueup.types import Prompt, SamplingParams
 
     engine = EmbeddedEngine(MODEL, EngineOptions(head_dtype=getattr(torch, head), prefix_cache=False))

@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 
 from trueup.engines.base import GenerationRequest, UpdateReceipt
-from trueup.engines.embedded.engine import EmbeddedEngine, EngineOptions
+from trueup.engines.embedded.engine import EmbeddedEngine
+from trueup.engines.embedded.options import EngineOptions
 from trueup.model.load import load_model
 from trueup.model.tiny import make_tiny
 from trueup.types import Prompt, SamplingParams

@@ -9,7 +9,8 @@ from tests.engine_kit import KINDS, behaviour, publish_perturbed, request, row_o
 from tests.server_kit import ServerProcess
 
 from trueup.engines.base import GenerationRequest, PauseMode, RolloutFailure
-from trueup.engines.embedded.engine import EmbeddedEngine, EngineOptions
+from trueup.engines.embedded.engine import EmbeddedEngine
+from trueup.engines.embedded.options import EngineOptions
 from trueup.engines.openai_http import OpenAIEngine
 from trueup.engines.trueup_http import TrueupEngine
 from trueup.errors import EngineError, UnsupportedByEngine, WeightError

@@ -18,7 +18,8 @@ from tests.engine_kit import (
     trainer,
 )  # fmt: skip
 
-from trueup.engines.embedded.engine import EmbeddedEngine, EngineOptions
+from trueup.engines.embedded.engine import EmbeddedEngine
+from trueup.engines.embedded.options import EngineOptions
 from trueup.engines.embedded.replay import Replayer
 from trueup.errors import ModelError
 from trueup.model.bitwise import arithmetic, require_same_arithmetic

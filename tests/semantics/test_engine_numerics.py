@@ -7,7 +7,8 @@ from scipy import stats
 from tests.engine_kit import KINDS, prompt, request, row_of
 
 from trueup.engines.base import GenerationRequest
-from trueup.engines.embedded.engine import EmbeddedEngine, EngineOptions
+from trueup.engines.embedded.engine import EmbeddedEngine
+from trueup.engines.embedded.options import EngineOptions
 from trueup.model.tiny import make_tiny
 from trueup.types import LogprobKind, SamplingParams
 

@@ -18,7 +18,8 @@ from tests.engine_kit import (
 from tests.semantics.test_failed_updates import rewrite
 
 from trueup.engines.base import PauseMode, RolloutFailure
-from trueup.engines.embedded.engine import EmbeddedEngine, EngineOptions
+from trueup.engines.embedded.engine import EmbeddedEngine
+from trueup.engines.embedded.options import EngineOptions
 from trueup.errors import EngineError, ModelError, WeightError
 from trueup.model.load import load_model
 from trueup.model.packed import open_policy

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from tests.engine_kit import publish_perturbed, request, row_of
 from tests.server_kit import ServerProcess
 
-from trueup.engines.embedded.engine import EmbeddedEngine, EngineOptions
+from trueup.engines.embedded.engine import EmbeddedEngine
+from trueup.engines.embedded.options import EngineOptions
 from trueup.engines.trueup_http import TrueupEngine
 from trueup.errors import EngineError, TrueupError, WeightError
 from trueup.model.tiny import make_tiny

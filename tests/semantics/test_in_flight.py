@@ -17,7 +17,8 @@ from tests.engine_kit import (
     trainer,
 )  # fmt: skip
 
-from trueup.engines.embedded.engine import EmbeddedEngine, EngineOptions
+from trueup.engines.embedded.engine import EmbeddedEngine
+from trueup.engines.embedded.options import EngineOptions
 from trueup.engines.embedded.replay import Replayer
 from trueup.model.tiny import FAMILIES, make_tiny
 from trueup.types import LogprobKind, Rollout

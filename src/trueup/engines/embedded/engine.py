@@ -13,15 +13,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from trueup.engines.base import (
     DEFAULT_TIMEOUT_S,
-    EngineCapabilities,
     EngineStatus,
     GenerationRequest,
     PauseMode,
@@ -30,6 +27,7 @@ from trueup.engines.base import (
     UpdateReceipt,
 )
 from trueup.engines.embedded.loop import StepLoop, Swap
+from trueup.engines.embedded.options import CAPABILITIES, NAME, EngineOptions
 from trueup.engines.embedded.runner import PolicyRunner, Shadow
 from trueup.engines.embedded.scheduler import Group
 from trueup.engines.embedded.scheduler import Sequence as EngineSequence
@@ -41,39 +39,8 @@ from trueup.model.load import load_model
 from trueup.model.packed import open_policy
 from trueup.model.scoring import ScoredRow
 from trueup.policy.draw import sample_seed
-from trueup.types import LogprobKind
 from trueup.weights.snapshot import WeightSnapshot, check_fits_model, dtype_name, manifest_of
 from trueup.weights.store import load_tensors, open_snapshot
-
-NAME = "embedded"
-CAPABILITIES = EngineCapabilities(
-    logprob_kinds=frozenset({LogprobKind.PROCESSED, LogprobKind.RAW}),
-    raw_logprobs=True,
-    kept_mass=True,
-    seeds=True,
-    scores=True,
-    pause_modes=frozenset(PauseMode),
-    updates=True,
-    clears_cache=True,
-    keeps_cache=True,
-    weight_versions=True,
-    cache_lives=True,
-)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineOptions:
-    """How an embedded engine is set up. `max_length` None: what the model allows, at most 2,048."""
-
-    dtype: torch.dtype = torch.bfloat16
-    head_dtype: torch.dtype = torch.float32
-    slots: int = 64
-    max_length: int | None = None
-    step_tokens: int = 2048
-    prefix_cache: bool = True
-    prefix_tokens: int = 65536
-    bitwise: bool = False
-    weights_root: Path | None = None
 
 
 class EmbeddedEngine:

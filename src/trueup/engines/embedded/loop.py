@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from trueup.engines.base import PauseMode, Result, RolloutFailure, Scores
 from trueup.engines.embedded.cache import PrefixStore
 from trueup.engines.embedded.layout import Span
+from trueup.engines.embedded.options import NAME, EngineOptions
 from trueup.engines.embedded.runner import PolicyRunner, Shadow
 from trueup.engines.embedded.sampler import sample
 from trueup.engines.embedded.scheduler import Group, Scheduler, Sequence, Work
@@ -23,10 +24,6 @@ from trueup.policy.logprobs import token_scores_under
 from trueup.policy.processing import Distribution
 from trueup.types import CacheLife, KVState, LogprobKind, Rollout
 
-if TYPE_CHECKING:
-    from trueup.engines.embedded.engine import EngineOptions
-
-NAME = "embedded"
 CLEAN_ENDS = ("stop", "length", "scored")
 
 

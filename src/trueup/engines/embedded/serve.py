@@ -12,7 +12,8 @@ import torch
 import uvicorn
 
 from trueup.config import ServeConfig
-from trueup.engines.embedded.engine import EmbeddedEngine, EngineOptions
+from trueup.engines.embedded.engine import EmbeddedEngine
+from trueup.engines.embedded.options import EngineOptions
 from trueup.engines.embedded.server import make_app
 from trueup.errors import ConfigError
 

@@ -1,0 +1,41 @@
+"""What an embedded engine is set up with, and what it can do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from trueup.engines.base import EngineCapabilities, PauseMode
+from trueup.types import LogprobKind
+
+NAME = "embedded"
+CAPABILITIES = EngineCapabilities(
+    logprob_kinds=frozenset({LogprobKind.PROCESSED, LogprobKind.RAW}),
+    raw_logprobs=True,
+    kept_mass=True,
+    seeds=True,
+    scores=True,
+    pause_modes=frozenset(PauseMode),
+    updates=True,
+    clears_cache=True,
+    keeps_cache=True,
+    weight_versions=True,
+    cache_lives=True,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineOptions:
+    """How an embedded engine is set up. `max_length` None: what the model allows, at most 2,048."""
+
+    dtype: torch.dtype = torch.bfloat16
+    head_dtype: torch.dtype = torch.float32
+    slots: int = 64
+    max_length: int | None = None
+    step_tokens: int = 2048
+    prefix_cache: bool = True
+    prefix_tokens: int = 65536
+    bitwise: bool = False
+    weights_root: Path | None = None
