@@ -56,8 +56,11 @@ def log_softmax(z):
     return z - z.max() - np.log(np.exp(z - z.max()).sum())
 
 
+QUICK = ("plain", "nucleus", "penalties")
+
+
 @pytest.mark.smollm2
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
 def test_float32_logprobs_equal_transformers(engine, transformers_model, kind):
     asked = [request(10 + 15 * i, seed=i, tokens=40, **KINDS[kind]) for i in range(4)]
     gaps = []

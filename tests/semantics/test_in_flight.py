@@ -62,7 +62,7 @@ def test_sixty_four_requests_and_twenty_updates(tmp_path, clear):
     for version in versions:
         publish_perturbed(store, path, version, scale=0.08)
     engine = EmbeddedEngine(path, EngineOptions(dtype=torch.float32, slots=64))
-    requests = [request(8 + i % 50, seed=i, tokens=150 + i) for i in range(64)]
+    requests = [request(8 + i % 50, seed=i, tokens=60 + i) for i in range(64)]
     try:
         results, receipts = run_with_updates(engine, store, versions, requests, clear=clear)
     finally:
@@ -88,7 +88,7 @@ def test_sixty_four_requests_and_twenty_updates(tmp_path, clear):
             pure[version_T == version] = scores[version_T == version]
             gap = (scores - reported).abs()
             winner[gap < best], best = version, torch.minimum(gap, best)
-        assert float((pure - reported).abs().max()) < 1e-4
+        assert float((pure - reported).abs().max()) < 1e-4  # every token under its own stamp
         assert float((winner == version_T).float().mean()) > 0.999  # visibly different weights: no other stamp fits
     replayer = Replayer(trainer(path, grad=False), tensors_of, head_dtype=torch.float32)
     replayed = torch.cat([replayer.replay(r).logprobs_T for r in rollouts[::4]])
