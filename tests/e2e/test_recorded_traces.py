@@ -14,6 +14,11 @@ T1, TOP_P, TOP_K, HOT, PENALTY = (
 )  # fmt: skip
 
 
+def slow(name):
+    """A second trace of a kind: in `make test-slow`, so that `make test` stays under ten minutes."""
+    return pytest.param(name, marks=pytest.mark.slow)
+
+
 @cache
 def checked(name, trainer="processed"):
     return check_trace(CheckConfig(trace=DATA / f"vllm-{name}.jsonl", model=SMOLLM2, trainer=trainer))
@@ -28,7 +33,7 @@ def ids(setting):
     return [c.id for c in setting.causes]
 
 
-@pytest.mark.parametrize("name", ["0.18.1-defaults", "0.32.0-defaults"])
+@pytest.mark.parametrize("name", ["0.18.1-defaults", slow("0.32.0-defaults")])
 def test_default_flags_are_s1_wherever_it_can_be_seen(smollm2, name):
     report = checked(name)
     by_label = settings(report)
@@ -62,7 +67,7 @@ def test_processed_logprobs_agree_within_the_predicted_bf16_floor(smollm2, name)
     assert {"S3", "S8", "T1"} <= set(report.ruled_out)
 
 
-@pytest.mark.parametrize("name", ["0.18.1-processed", "0.32.0-processed-fp32"])
+@pytest.mark.parametrize("name", ["0.18.1-processed", slow("0.32.0-processed-fp32")])
 def test_a_trainer_that_ignores_truncation_sees_s4_and_the_kept_mass(smollm2, name):
     by_label = settings(checked(name, "trl"))
     for label in (TOP_P, TOP_K):

@@ -9,6 +9,7 @@ Shapes: T completion tokens, D hidden width.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from trueup.engines.embedded.layout import Span
-from trueup.engines.embedded.runner import PolicyRunner
+from trueup.engines.embedded.runner import PolicyRunner, Shadow
 from trueup.engines.embedded.sampler import distribution
 from trueup.errors import EngineError
 from trueup.model.load import LoadedModel
@@ -41,10 +42,20 @@ class Replayer:
     """Replays rollouts over the versions that `tensors_of` can load (weights/store.py); holds one model."""
 
     def __init__(
-        self, model: LoadedModel, tensors_of: Callable[[int], Mapping[str, Tensor]], *, head_dtype: torch.dtype
+        self,
+        model: LoadedModel,
+        tensors_of: Callable[[int], Mapping[str, Tensor]],
+        *,
+        head_dtype: torch.dtype,
+        keep_versions: int = 4,
     ) -> None:
-        """`model` is a policy opened with layouts (model/packed.py); its weights are replaced by those replayed."""
+        """`model` is a policy opened with layouts (model/packed.py); its weights are replaced by those replayed.
+
+        Up to `keep_versions` versions stay in memory.
+        """
         self.model, self.tensors_of, self.head_dtype = model, tensors_of, head_dtype
+        self.keep_versions = keep_versions
+        self._shadows: OrderedDict[int, Shadow] = OrderedDict()
 
     def replay(self, rollout: Rollout) -> Replayed:
         """Run a rollout again. Raises EngineError when its engine did not record the lives of its cache."""
@@ -60,7 +71,7 @@ class Replayer:
             end = following[0].first_token if following else count
             position = 0
             for version, positions in life.runs:
-                runner.swap(runner.shadow(self.tensors_of(version)))
+                runner.swap(self._shadow(runner, version))
                 heads[version] = runner.head
                 hidden_TD = runner.forward(
                     [Span(slot=0, start=position, count=positions)], ids[position : position + positions]
@@ -73,6 +84,14 @@ class Replayer:
         if len(states) != count:
             raise EngineError(f"the recorded cache covers {len(states)} of {count} tokens")
         return self._score(rollout, torch.stack([states[t] for t in range(count)]), heads)
+
+    def _shadow(self, runner: PolicyRunner, version: int) -> Shadow:
+        if version not in self._shadows:
+            self._shadows[version] = runner.shadow(self.tensors_of(version))
+        self._shadows.move_to_end(version)
+        while len(self._shadows) > self.keep_versions:
+            self._shadows.popitem(last=False)
+        return self._shadows[version]
 
     def _score(self, rollout: Rollout, hidden_TD: Tensor, heads: Mapping[int, Head]) -> Replayed:
         targets_T = torch.tensor(rollout.token_ids)
