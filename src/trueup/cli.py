@@ -143,6 +143,9 @@ def serve(
     ] = None,
     weights: Annotated[Path | None, typer.Option(help="Folder that weight updates may come from.")] = None,
     token_file: Annotated[Path | None, typer.Option(help="Holds the bearer token; made if absent.")] = None,
+    allow_faults: Annotated[
+        bool | None, typer.Option("--allow-faults", help="Let /control/faults break the engine on purpose.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with a [serve] section.")] = None,
     sets: Sets = [],  # noqa: B006
 ) -> None:
@@ -152,7 +155,7 @@ def serve(
     """
     given = {
         "model": model, "host": host, "port": port, "dtype": dtype, "head": head, "bitwise": bitwise,
-        "weights": weights, "token_file": token_file,
+        "weights": weights, "token_file": token_file, "allow_faults": allow_faults,
     }  # fmt: skip
     try:
         base = load_config(config, sets=sets).model_dump()

@@ -54,7 +54,8 @@ class CheckConfig(_Section):
     device: str = Field("cpu", description="torch device of the trainer's forward pass; tested on cpu")
     batch_rows: int = Field(16, ge=1, description="rows a forward pass")
     max_rows: int | None = Field(None, ge=1, description="use at most this many rows of each sampling setting")
-    against: str | None = Field(None, description="another trace, or a report.json to compare with")
+    against: str | None = Field(None, description="another trace, a report.json, or another engine's URL")
+    checkpoints: tuple[Path, ...] = Field((), description="older weights of the model, oldest first: folders")
     limits: LimitsConfig = LimitsConfig()
 
 
@@ -103,6 +104,7 @@ class ServeConfig(_Section):
     weights: Path | None = Field(None, description="folder that new weights may be loaded from; none: no updates")
     token_file: Path | None = Field(None, description="holds the bearer token; made, readable by you only, if absent")
     request_timeout_s: float = Field(600.0, gt=0, le=86400, description="a request that takes longer is aborted")
+    allow_faults: bool = Field(False, description="let /control/faults break the engine on purpose")
     max_queue: int = Field(4096, ge=1, description="requests that may wait; beyond it the server answers 429")
 
 

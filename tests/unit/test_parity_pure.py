@@ -110,11 +110,15 @@ def evidence(values, engine, rows):
     tokens = Tokens(
         targets_T=torch.zeros(len(values), dtype=torch.long), row_T=torch.tensor(rows),
         position_T=torch.zeros(len(values)), engine_T=torch.tensor(engine, dtype=torch.float64),
+        version_T=torch.full((len(values),), -1),
         prompts=(), lines=(1, 2),
     )  # fmt: skip
     scores = TokenScores(**{n: torch.tensor(values) for n in TokenScores.__dataclass_fields__})
     case = Case(engine=EngineInfo(), sampling=SamplingParams(), trainer=LogprobKind.PROCESSED)
-    return Evidence(case=case, tokens=tokens, ask=lambda source, dists: [scores for _ in dists])
+    return Evidence(
+        case=case, tokens=tokens, ask=lambda source, dists: [scores for _ in dists],
+        mass=lambda source, temperature, ids: torch.zeros(len(values)), expected=lambda: torch.zeros(1),
+    )  # fmt: skip
 
 
 def test_rendering_shifts_inside_rows_only():

@@ -64,12 +64,16 @@ class EngineCapabilities:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationRequest:
-    """`n` completions of a prompt. Without `ignore_eos` an end token of the model ends a completion."""
+    """`n` completions of a prompt. Without `ignore_eos` an end token of the model ends a completion.
+
+    Requests share cached prompts only with requests of the same `cache_salt`.
+    """
 
     prompt: Prompt
     sampling: SamplingParams
     n: int = 1
     ignore_eos: bool = False
+    cache_salt: str | None = None
 
     def __post_init__(self) -> None:
         if self.n < 1:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trueup.errors import ModelError
+from trueup.model.altered import ALTERATIONS
 from trueup.model.load import LoadedModel
 
 ATTENTION = "trueup_bf16_softmax"
@@ -123,7 +124,7 @@ def _round_softmax(model: LoadedModel, stack: ExitStack) -> None:
     stack.callback(model.lm.set_attn_implementation, before)
 
 
-SIMULATIONS: dict[str, tuple[str, Callable[[LoadedModel, ExitStack], None]]] = {
+ROUNDINGS: dict[str, tuple[str, Callable[[LoadedModel, ExitStack], None]]] = {
     "residual_truncated": ("residual stream stored in bf16 by truncation, not rounding", _round_residual),
     "kernels_truncated": ("bf16 stores truncate (residual stream, norms, activation), not round", _truncate_kernels),
     "rotary_bf16": ("rotary cosine and sine tables held in bf16", _round_rotary),
@@ -134,13 +135,16 @@ SIMULATIONS: dict[str, tuple[str, Callable[[LoadedModel, ExitStack], None]]] = {
 
 
 @contextmanager
-def simulate(model: LoadedModel, name: str) -> Iterator[None]:
-    """Patch a float32 model so that it rounds as simulation `name` says; everything is undone on exit.
+def simulate(model: LoadedModel, name: str, value: float = 0.0) -> Iterator[None]:
+    """Patch a float32 model so that it computes as `name` of ROUNDINGS or ALTERATIONS says; undone on exit.
 
     Raises ModelError for another dtype or an architecture the patch does not know.
     """
     if model.dtype != torch.float32:
         raise ModelError("simulations patch a float32 body")
     with ExitStack() as stack:
-        SIMULATIONS[name][1](model, stack)
+        if name in ALTERATIONS:
+            ALTERATIONS[name][1](model, stack, value)
+        else:
+            ROUNDINGS[name][1](model, stack)
         yield

@@ -14,9 +14,9 @@ import torch
 from trueup.config import LimitsConfig
 from trueup.errors import ModelError, NumericsError
 from trueup.parity.compare import Residual, clearly_better, loss, residual, separation
-from trueup.parity.evidence import TRAINER, EngineModel, Evidence
+from trueup.parity.evidence import TRAINER, EngineModel, Evidence, Source
 from trueup.parity.floor import Floor, Judgement, judge
-from trueup.parity.hypotheses import Hypothesis
+from trueup.parity.hypotheses import Hypothesis, Variant
 
 BEAM = 3
 PARTIAL_SHARE = 0.5
@@ -28,6 +28,12 @@ TRACKING_CORRELATION = 0.95
 NUMERIC_FACTOR = 30.0
 """Beyond this many floors a gap is not rounding, and no arithmetic is simulated for it."""
 EDGE_ALLOWANCE = 0.02
+REFINE_ROUNDS = 16
+FINEST_STEP = 1 / 64
+REFINE_GAIN = 0.002
+"""A round of refinement that takes away less than this share of the loss is followed by one with half the step."""
+PROMISING = 0.95
+"""A costly candidate is looked at more closely once it leaves at most this share of the loss on the screen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +52,7 @@ class Attribution:
 
     `model` is the fitted engine, `judgement` its held-back residual against `floor`. `ambiguous` lists groups of ids
     the tokens cannot separate; `ruled_out` ids that were tried and fit clearly worse; `unseeable` id to reason.
+    `searched`: whether costly causes were tried as well.
     """
 
     findings: tuple[Finding, ...]
@@ -55,6 +62,7 @@ class Attribution:
     ambiguous: tuple[tuple[str, ...], ...]
     ruled_out: tuple[str, ...]
     unseeable: dict[str, str]
+    searched: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +97,10 @@ class Attributor:
         self.simulated = [h for h in seeable if h.simulates]
         self.base = EngineModel(dist=fit.case.trainer_distribution)
         self._held: dict[EngineModel, Residual] = {}
+        self.impossible: set[Source] = set()
+        self.seen: set[EngineModel] = set()
+        self.hopeless: set[str] = set()
+        self.searched = False
 
     def held_residual(self, model: EngineModel) -> Residual:
         """Residual of a model on the held-back half, computed once."""
@@ -113,49 +125,133 @@ class Attributor:
         return verdict
 
     def _expand(self, start: _Candidate, hypotheses: Sequence[Hypothesis]) -> list[_Candidate]:
-        """Best variant of each hypothesis on top of `start`, judged on the fitting half, best first."""
+        """Best variant of each hypothesis on top of `start`, judged on the fitting half, best first.
+
+        Costly ones are compared on the screen of the fitting half; only the best of each is run on all of it.
+        """
         used = {e.hypothesis.id for e in start.path}
-        offers = {h: list(h.variants(self.fit, start.model)) for h in hypotheses if h.id not in used}
-        for source in {v.model.source for vs in offers.values() for v in vs}:
-            dists = [v.model.dist for vs in offers.values() for v in vs if v.model.source == source]
-            try:
-                self.fit.prefetch(source, dists)
-            except (ModelError, NumericsError):  # a simulation this architecture does not allow is not tried
-                if source == TRAINER:
-                    raise
-                offers = {h: [v for v in vs if v.model.source != source] for h, vs in offers.items()}
-        seen = {start.model}
+        self.seen = {start.model}
         found = []
-        for hypothesis, variants in offers.items():
-            ranked = []
-            for variant in variants:
-                if variant.model not in seen:
-                    seen.add(variant.model)
-                    value = loss(residual(self.fit, variant.model), EDGE_ALLOWANCE)
-                    path = (*start.path, _Edit(hypothesis=hypothesis, detail=variant.detail, after=variant.model))
-                    ranked.append(_Candidate(model=variant.model, path=path, fit_loss=value))
-            if ranked:
-                found.append(min(ranked, key=lambda c: c.fit_loss))
+        for costly in (False, True):
+            evidence = (self.fit.screen or self.fit) if costly else self.fit
+            offers = {
+                h: list(h.variants(self.fit, start.model))
+                for h in hypotheses
+                if h.id not in used and h.simulates == costly
+            }
+            self._prefetch(evidence, [v for vs in offers.values() for v in vs])
+            for hypothesis, variants in offers.items():
+                best = self._best(evidence, start, hypothesis, variants)
+                if best is not None and (costly or hypothesis.refine is not None):
+                    value = self._fit_loss(best.model)
+                    best = replace(best, fit_loss=value)
+                if best is not None and best.fit_loss < float("inf"):
+                    found.append(best)
         return sorted(found, key=lambda c: c.fit_loss)
 
-    def run(self, *, mismatch: bool) -> Attribution:
-        """Search; with `mismatch` false only say what is ruled out."""
+    def _best(
+        self, evidence: Evidence, start: _Candidate, hypothesis: Hypothesis, variants: Sequence[Variant]
+    ) -> _Candidate | None:
+        """The variant that fits the evidence best, after refining its number if it has one and it looks promising."""
+        ranked = [c for v in variants if (c := self._candidate(evidence, start, hypothesis, v)) is not None]
+        if not ranked:
+            return None
+        best = min(ranked, key=lambda c: c.fit_loss)
+        worth = PROMISING * loss(residual(evidence, start.model), EDGE_ALLOWANCE)
+        if best.fit_loss > worth and hypothesis.simulates:
+            self.hopeless.add(hypothesis.id)
+            return None
+        if hypothesis.refine is None or best.fit_loss > worth:
+            return best
+        step = 1.0
+        for _ in range(REFINE_ROUNDS):
+            closer = list(hypothesis.refine(evidence, Variant(model=best.model, detail=best.path[-1].detail), step))
+            self._prefetch(evidence, closer)
+            ranked = [c for v in closer if (c := self._candidate(evidence, start, hypothesis, v)) is not None]
+            following = min(ranked, key=lambda c: c.fit_loss, default=None)
+            if following is not None and following.fit_loss < (1 - REFINE_GAIN) * best.fit_loss:
+                best = following
+            elif step > FINEST_STEP:
+                step /= 2
+            else:
+                break
+        return best
+
+    def _candidate(
+        self, evidence: Evidence, start: _Candidate, hypothesis: Hypothesis, variant: Variant
+    ) -> _Candidate | None:
+        if variant.model in self.seen or variant.model.source in self.impossible:
+            return None
+        self.seen.add(variant.model)
+        value = loss(residual(evidence, variant.model), EDGE_ALLOWANCE)
+        edit = _Edit(hypothesis=hypothesis, detail=variant.detail, after=variant.model)
+        return _Candidate(model=variant.model, path=(*start.path, edit), fit_loss=value)
+
+    def _fit_loss(self, model: EngineModel) -> float:
+        try:
+            return loss(residual(self.fit, model), EDGE_ALLOWANCE)
+        except (ModelError, NumericsError):
+            return float("inf")
+
+    def _prefetch(self, evidence: Evidence, variants: Sequence[Variant]) -> None:
+        """Ask for everything the variants need, one pass a source; a source that cannot be simulated is noted."""
+        for source in dict.fromkeys(v.model.source for v in variants):
+            try:
+                evidence.prefetch(source, [v.model.dist for v in variants if v.model.source == source])
+            except (ModelError, NumericsError):
+                if source.plain:
+                    raise
+                self.impossible.add(source)
+
+    def run(self, *, mismatch: bool, given: Attribution | None = None) -> Attribution:
+        """Search; with `mismatch` false only say what is ruled out.
+
+        `given` is what another setting has shown of the same engine's weights and arithmetic; where that fits here too,
+        the search starts from it.
+        """
         self.start = _Candidate(model=self.base, path=(), fit_loss=loss(residual(self.fit, self.base), EDGE_ALLOWANCE))
         singles = self._expand(self.start, self.cheap)
         self.held.prefetch(TRAINER, [self.base.dist, *(c.model.dist for c in singles)])
         if not mismatch:
             return self._conclude(self.start, singles)
+        if given is not None and (best := self._from(given)) is not None:
+            return self._conclude(best, singles)
         improving = [c for c in singles if c.fit_loss < 0.95 * self.start.fit_loss][:BEAM]
         best = self._choose(improving, complete=True)
+        pairs: list[_Candidate] = []
         if best is None:
             pairs = sorted((p for c in improving for p in self._expand(c, self.cheap)), key=lambda c: c.fit_loss)[:BEAM]
             best = self._choose(pairs, complete=True)
         if best is None:
-            grounds = [g for g in (self.start, *improving) if self._numeric(g)]
-            simulated = [c for g in grounds for c in self._expand(g, self.simulated)]
-            pool = [*improving, *pairs, *simulated]
-            best = self._choose(pool, complete=True) or self._choose(pool, complete=False) or self.start
+            best, simulated = self._search_costly(improving, pairs)
+            singles = [*singles, *(c for c in simulated if len(c.path) == 1)]
         return self._conclude(best, singles)
+
+    def _from(self, given: Attribution) -> _Candidate | None:
+        """The findings of another setting, carried over to this one, and the best cheap cause on top of them."""
+        if given.model.source.plain or not given.findings:
+            return None
+        model = replace(self.base, source=given.model.source)
+        edits = tuple(_Edit(hypothesis=f.hypothesis, detail=f.detail, after=model) for f in given.findings)
+        carried = _Candidate(model=model, path=edits, fit_loss=self._fit_loss(model))
+        on_top = self._expand(carried, self.cheap)[:BEAM]
+        return self._choose([carried, *on_top], complete=True) or self._choose([carried, *on_top], complete=False)
+
+    def _search_costly(
+        self, improving: Sequence[_Candidate], pairs: Sequence[_Candidate]
+    ) -> tuple[_Candidate, list[_Candidate]]:
+        """Simulate: first on the trainer as it is, then on top of the best cheap cause."""
+        self.searched = True
+        found: list[_Candidate] = []
+        for ground in (self.start, *improving):
+            kinds = [h for h in self.simulated if not h.numeric or self._numeric(ground)]
+            if ground is not self.start:
+                kinds = [h for h in kinds if h.numeric or ground is improving[0]]
+            found += self._expand(ground, kinds)
+            best = self._choose([*improving, *pairs, *found], complete=True)
+            if best is not None:
+                return best, found
+        return self._choose([*improving, *pairs, *found], complete=False) or self.start, found
 
     def _numeric(self, candidate: _Candidate) -> bool:
         """Whether what a candidate leaves is small enough for rounding to be worth simulating."""
@@ -207,7 +303,8 @@ class Attributor:
     def _conclude(self, best: _Candidate, singles: Sequence[_Candidate]) -> Attribution:
         floor, verdict = self.floor_of(best.model), self.held_judgement(best.model)
         rivals, unseeable = [], dict(self.unseeable)
-        ruled_out = [h.id for h in self.cheap if not h.variants(self.fit, self.base)]
+        tried = {c.path[-1].hypothesis.id for c in singles}
+        ruled_out = [h.id for h in self.cheap if h.id not in tried] + sorted(self.hopeless - tried)
         chosen = {e.hypothesis.id for e in best.path}
         for candidate in singles:
             hypothesis = candidate.path[-1].hypothesis
@@ -229,6 +326,7 @@ class Attributor:
             ambiguous=ambiguous,
             ruled_out=tuple(ruled_out),
             unseeable=unseeable,
+            searched=self.searched,
         )
 
     def _findings(self, best: _Candidate, *, complete: bool, ambiguous: bool) -> tuple[Finding, ...]:

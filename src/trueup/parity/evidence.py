@@ -5,24 +5,59 @@ Shapes: T completion tokens of all usable rows of a setting, in row order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from trueup.parity.facts import Facts
 from trueup.policy.logprobs import TokenScores
 from trueup.policy.processing import Distribution
 from trueup.trace import EngineInfo, TraceRow
 from trueup.types import LogprobKind, SamplingParams
 
-TRAINER, REFERENCE, ENGINE = "trainer", "reference", "engine"
-"""Sources of logits: the trainer's own precision; the next higher one; the precision the engine declares."""
+
+@dataclass(frozen=True, kw_only=True)
+class HeadEdit:
+    """A head that is not the checkpoint's: extra rows of zeros in the softmax, another soft-cap, a factor on the
+    logits, or products rounded to bfloat16."""
+
+    padded_rows: int = 0
+    softcap: float | None = None
+    scale: float = 1.0
+    bf16: bool = False
 
 
-def simulation(name: str) -> str:
-    """Return the source name of a simulated arithmetic."""
-    return f"simulation:{name}"
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Whose logits: a precision of the trainer's checkpoint, or that checkpoint with one thing changed.
+
+    `precision`: "trainer", "engine" (as it declares), "reference" (the next higher one) or "exact" (float32, for
+    everything that is changed). `simulation`: (name, parameter) of model/simulate.py. `context`: what was done to the
+    prompt. `weights`: (label, pattern), other weights for the tensors whose name the pattern matches; label "stamped"
+    takes each token's own stamped version. `head`: another head.
+    """
+
+    precision: str = "trainer"
+    simulation: tuple[str, float] | None = None
+    context: str | None = None
+    weights: tuple[str, str] | None = None
+    head: HeadEdit = HeadEdit()
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing was changed."""
+        return replace(self, precision="trainer") == TRAINER
+
+
+TRAINER = Source(precision="trainer")
+REFERENCE = Source(precision="reference")
+ENGINE = Source(precision="engine")
+EXACT = Source(precision="exact")
+STAMPED = "stamped"
+"""Label of weights: each token's own stamped version."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +72,8 @@ class Case:
     trainer_digest: str | None = None
     other_temperatures: tuple[float, ...] = ()
     tag: str = ""
+    omitted: tuple[str, ...] = ()
+    """Sampling fields that the requests left to the engine."""
 
     @property
     def min_p_first(self) -> bool:
@@ -71,28 +108,36 @@ class EngineModel:
 
     `dist`: which distribution; `source`: whose logits; `entry`: the sampled token's logprob or the most likely
     token's; `shift`: the number at position t describes token t + shift; `grid`: rounding in transport ("bf16",
-    "fp16" or decimals such as "3 decimals"); `constant`: placeholder that stands where a number is missing.
+    "fp16" or decimals such as "3 decimals"); `constant`: placeholder that stands where a number is missing;
+    `bias`: (ids, nats added to their logits; -inf forbids them); `allowed`: ids of a grammar, all others forbidden;
+    `skip`: tokens about which nothing is predicted,
+    "last" of each row, or "boundary" (within BOUNDARY tokens of a change of version).
     """
 
     dist: Distribution
-    source: str = TRAINER
+    source: Source = TRAINER
     entry: str = "sampled"
     shift: int = 0
     grid: str | None = None
     constant: float | None = None
+    bias: tuple[tuple[int, ...], float] | None = None
+    allowed: tuple[int, ...] = ()
+    skip: str | None = None
 
 
-Scores = Mapping[tuple[str, Distribution], TokenScores]
+BOUNDARY = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """The tokens of one setting: ids, which row each belongs to, position in its completion, the engine's logprob."""
+    """The tokens of one setting: ids, which row each belongs to, position in its completion, the engine's logprob, and
+    the weight version stamped on it (-1: none)."""
 
     targets_T: Tensor
     row_T: Tensor
     position_T: Tensor
     engine_T: Tensor
+    version_T: Tensor
     prompts: tuple[Tensor, ...]
     lines: tuple[int, ...]
 
@@ -105,6 +150,7 @@ class Tokens:
             row_T=torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts, dtype=torch.long)),
             position_T=torch.cat([torch.arange(c) for c in counts]),
             engine_T=torch.tensor([v for r in rows for v in r.completion_logprobs], dtype=torch.float64),
+            version_T=torch.tensor([v for r in rows for v in _versions(r)], dtype=torch.long),
             prompts=tuple(torch.tensor(r.prompt_token_ids, dtype=torch.long) for r in rows),
             lines=tuple(r.line for r in rows),
         )
@@ -113,32 +159,44 @@ class Tokens:
         return len(self.targets_T)
 
 
+def _versions(row: TraceRow) -> Sequence[int]:
+    count = len(row.completion_token_ids)
+    stamps = row.weight_versions
+    return stamps if stamps is not None and len(stamps) == count else [-1] * count
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
     """Tokens of a setting and a way to ask what any source says of them under any distribution.
 
-    `ask(source, dists)` returns TokenScores [T]; answers are remembered, so asking twice costs nothing.
+    `ask(source, dists)` returns TokenScores [T]; `mass(source, temperature, ids)` the probability [T] of a set of ids;
+    `expected()` how often the trainer expects each id among these tokens, [V]. Answers are remembered, so asking twice
+    costs nothing. `screen` is a small part of the evidence, on which costly candidates are compared first.
     """
 
     case: Case
     tokens: Tokens
-    ask: Callable[[str, Sequence[Distribution]], list[TokenScores]]
+    ask: Callable[[Source, Sequence[Distribution]], list[TokenScores]]
+    mass: Callable[[Source, float, tuple[int, ...]], Tensor]
+    expected: Callable[[], Tensor]
+    facts: Facts = field(default_factory=Facts)
     whole: Evidence | None = None
-    _memory: dict[tuple[str, Distribution], TokenScores] = field(default_factory=dict)
+    screen: Evidence | None = None
+    _memory: dict[tuple[Source, Distribution], TokenScores] = field(default_factory=dict)
 
     @property
     def everything(self) -> Evidence:
         """All rows of the setting: a half looks for marks such as constants and grids there, not in itself."""
         return self.whole or self
 
-    def prefetch(self, source: str, dists: Sequence[Distribution]) -> None:
+    def prefetch(self, source: Source, dists: Sequence[Distribution]) -> None:
         """Fetch several distributions from one pass over the logits."""
         missing = [d for d in dict.fromkeys(dists) if (source, d) not in self._memory]
         if missing:
             for dist, scores in zip(missing, self.ask(source, missing), strict=True):
                 self._memory[source, dist] = scores
 
-    def scores(self, source: str, dist: Distribution) -> TokenScores:
+    def scores(self, source: Source, dist: Distribution) -> TokenScores:
         """Return what `source` says under `dist`."""
         self.prefetch(source, [dist])
         return self._memory[source, dist]
@@ -164,6 +222,10 @@ def render(evidence: Evidence, model: EngineModel) -> Tensor:
     """
     scores = evidence.scores(model.source, model.dist)
     values_T = (scores.logprobs_T if model.entry == "sampled" else scores.top_logprobs_T).double()
+    if model.bias is not None:
+        values_T = _biased(evidence, model, values_T)
+    if model.allowed:
+        values_T = _constrained(evidence, model, values_T)
     if model.shift:
         rolled_T = torch.roll(values_T, -model.shift)
         same_row_T = torch.roll(evidence.tokens.row_T, -model.shift) == evidence.tokens.row_T
@@ -173,4 +235,34 @@ def render(evidence: Evidence, model: EngineModel) -> Tensor:
         values_T = snap(values_T, model.grid)
     if model.constant is not None:
         values_T = torch.where(evidence.tokens.engine_T == model.constant, model.constant, values_T)
+    if model.skip is not None:
+        values_T = values_T.masked_fill(skipped(evidence.tokens, model.skip), torch.nan)
     return values_T
+
+
+def _biased(evidence: Evidence, model: EngineModel, values_T: Tensor) -> Tensor:
+    """Logprobs after a bias b on the logits of some ids: p e^b / (1 + P (e^b - 1)), P the mass of those ids."""
+    assert model.bias is not None
+    ids, bias = model.bias
+    mass_T = evidence.mass(model.source, model.dist.temperature, ids).double()
+    inside_T = torch.isin(evidence.tokens.targets_T, torch.tensor(ids))
+    return values_T + torch.where(inside_T, bias, 0.0) - torch.log1p(mass_T * math.expm1(bias))
+
+
+def _constrained(evidence: Evidence, model: EngineModel, values_T: Tensor) -> Tensor:
+    """Logprobs among the allowed ids; 0 where the engine says exactly 0.0: nothing else was allowed there."""
+    mass_T = evidence.mass(model.source, model.dist.temperature, model.allowed).double()
+    return torch.where(evidence.tokens.engine_T == 0.0, 0.0, values_T - mass_T.log())
+
+
+def skipped(tokens: Tokens, which: str) -> Tensor:
+    """True for the last token of each row, or for tokens within BOUNDARY of a change of the stamped version."""
+    row_T = tokens.row_T
+    if which == "last":
+        return torch.cat([row_T[1:] != row_T[:-1], torch.tensor([True])])
+    changed_T = torch.zeros_like(row_T, dtype=torch.bool)
+    at = ((tokens.version_T[1:] != tokens.version_T[:-1]) & (row_T[1:] == row_T[:-1])).nonzero()[:, 0] + 1
+    for offset in range(-BOUNDARY, BOUNDARY + 1):
+        near = (at + offset).clamp(0, len(row_T) - 1)
+        changed_T[near] |= row_T[near] == row_T[at]
+    return changed_T

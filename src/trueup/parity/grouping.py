@@ -20,6 +20,9 @@ from trueup.types import LogprobKind, parse_sampling
 FIT_TOKENS = 320
 """Enough to tell candidates apart, few enough to scan temperatures quickly."""
 
+SHAPING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""Fields that an engine may fill in from generation_config.json where a request is silent."""
+
 DTYPES = {
     "bfloat16": torch.bfloat16,
     "bf16": torch.bfloat16,
@@ -95,11 +98,13 @@ def group(trace: Trace, kind: LogprobKind, problems: list[str]) -> list[Setting]
             problems.append(f"line {row.line}: {error}; row left out")
             continue
         shape = replace(sampling, max_tokens=None, seed=None, stop=())
-        key = (row.engine.title(), repr(sorted(row.engine.flags.items(), key=str)), shape, unmodelled)
+        omitted = tuple(name for name in SHAPING if row.sampling.get(name) is None)
+        key = (row.engine.title(), repr(sorted(row.engine.flags.items(), key=str)), shape, unmodelled, omitted)
         groups.setdefault(key, []).append(row)
         cases[key] = Case(
-            engine=row.engine, sampling=shape, trainer=kind, unmodelled=unmodelled, declared_digest=row.model_digest
-        )
+            engine=row.engine, sampling=shape, trainer=kind, unmodelled=unmodelled,
+            declared_digest=row.model_digest, omitted=omitted,
+        )  # fmt: skip
     engines = {(c.engine.title(), str(sorted(c.engine.flags.items(), key=str))) for c in cases.values()}
     if len(engines) > 1:
         tags = {e: f" [{e[0]} #{i}]" for i, e in enumerate(sorted(engines), 1)}

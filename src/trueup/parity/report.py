@@ -32,6 +32,16 @@ class Cause:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Points:
+    """The compared tokens, for figures: logprobs of both sides in nats, position in the completion, line or row."""
+
+    engine: tuple[float, ...] = ()
+    trainer: tuple[float, ...] = ()
+    position: tuple[int, ...] = ()
+    line: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class SettingReport:
     """One sampling setting: verdict, gap now, predicted gap with the causes fixed, floor."""
 
@@ -52,10 +62,12 @@ class SettingReport:
     ruled_out: tuple[str, ...]
     untested: dict[str, str]
     kept_mass: float | None
+    points: Points = Points()
 
     def as_dict(self) -> dict[str, object]:
         """Return the JSON form."""
         record = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        del record["points"]
         record["sampling"] = record.pop("label")
         record["causes"] = [c.as_dict() for c in self.causes]
         record["untested"] = [{"id": i, "why": w} for i, w in self.untested.items()]

@@ -1,9 +1,11 @@
-"""Logits on demand: the trainer's model in every precision a check asks for, one in memory at a time."""
+"""Logits on demand: the trainer's model in every precision, and with every change, that a check asks for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -13,11 +15,16 @@ from trueup.errors import ModelError
 from trueup.model.load import LoadedModel, checkpoint_digest, checkpoint_dtype, load_model
 from trueup.model.scoring import ScoredRow, check_fits, hidden_states
 from trueup.model.simulate import simulate
-from trueup.parity.evidence import ENGINE, REFERENCE, TRAINER, Case, Evidence, Tokens
+from trueup.model.substitute import check_same_shapes, head_weight, read_tensors, substituted
+from trueup.parity.context import Contexts
+from trueup.parity.evidence import EXACT, STAMPED, TRAINER, Case, Evidence, Source, Tokens
+from trueup.parity.facts import Facts, facts_of
 from trueup.policy.head import Head
-from trueup.policy.logprobs import TokenScores, token_scores_under
+from trueup.policy.logprobs import TokenScores, rows_at_once, token_scores_under
 from trueup.policy.processing import Distribution, History
 from trueup.trace import TraceRow
+
+MODELS_HELD = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +40,7 @@ class Arithmetic:
         return f"{names[self.body]} body, {names[self.head]} head"
 
 
+FP32 = Arithmetic(body=torch.float32, head=torch.float32)
 Key = tuple[tuple[int, ...], tuple[int, ...]]
 
 
@@ -42,9 +50,10 @@ def _key(row: TraceRow) -> Key:
 
 @dataclass(kw_only=True)
 class Scorer:
-    """Scores trace rows with one checkpoint as trainer, as engine of a declared precision and as reference.
+    """Scores trace rows with one checkpoint as trainer, as engine of a declared precision, as reference, and changed.
 
-    Forward passes are run when first asked for and remembered by row, so that equal rows cost one.
+    Forward passes are run when first asked for and remembered by row, so that equal rows cost one. `checkpoints` are
+    other weights of the same model by label, oldest first; `versions` says which label a stamped version is.
     """
 
     path: Path
@@ -53,9 +62,13 @@ class Scorer:
     batch_rows: int = 16
     device: str = "cpu"
     announce: Callable[[str], None] = lambda message: None
-    _loaded: LoadedModel | None = None
+    checkpoints: Mapping[str, Path] = field(default_factory=dict)
+    versions: Mapping[int, str] = field(default_factory=dict)
+    _models: OrderedDict[torch.dtype, LoadedModel] = field(default_factory=OrderedDict)
     _heads: dict[torch.dtype, Head] = field(default_factory=dict)
-    _states: dict[str, dict[Key, Tensor]] = field(default_factory=dict)
+    _states: dict[object, dict[Key, Tensor]] = field(default_factory=dict)
+    _tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    _contexts: Contexts | None = None
 
     @property
     def reference(self) -> Arithmetic:
@@ -64,12 +77,40 @@ class Scorer:
         highest = torch.float64 if both_fp32 else torch.float32
         return Arithmetic(body=highest, head=highest)
 
+    @property
+    def contexts(self) -> Contexts:
+        """What can be done to a prompt on its way into an engine."""
+        if self._contexts is None:
+            self._contexts = Contexts(self.path)
+        return self._contexts
+
     def model(self, dtype: torch.dtype) -> LoadedModel:
-        """Return the checkpoint in a dtype, replacing the one held."""
-        if self._loaded is None or self._loaded.dtype != dtype:
-            self._loaded = None
-            self._loaded = load_model(self.path, dtype=dtype, device=self.device)
-        return self._loaded
+        """Return the checkpoint in a dtype; the MODELS_HELD last used stay in memory."""
+        if dtype not in self._models:
+            while len(self._models) >= MODELS_HELD:
+                self._models.popitem(last=False)
+            self._models[dtype] = load_model(self.path, dtype=dtype, device=self.device)
+        self._models.move_to_end(dtype)
+        return self._models[dtype]
+
+    def tensors(self, label: str) -> dict[str, Tensor]:
+        """The other weights that a label names. Raises ModelError when they are not this model's."""
+        if label not in self._tensors:
+            found = read_tensors(self.checkpoints[label])
+            check_same_shapes(self.model(torch.float32), found, self.checkpoints[label])
+            self._tensors[label] = found
+        return self._tensors[label]
+
+    def facts(self, rows: Sequence[TraceRow]) -> Facts:
+        """What hypotheses may start from for these rows."""
+        stamps = {v for r in rows for v in r.weight_versions or ()}
+        return facts_of(
+            self.model(self.trainer.body),
+            checkpoints=tuple(self.checkpoints),
+            stamped=len(stamps) > 1 and bool(stamps & set(self.versions)),
+            contexts=self.contexts.offered([r.prompt_token_ids for r in rows]),
+            bf16_head=torch.bfloat16 in (self.trainer.head, self.engine.head),
+        )
 
     def digest(self) -> str:
         """Digest of the checkpoint's stored tensors."""
@@ -79,40 +120,61 @@ class Scorer:
         """Dtype the checkpoint declares."""
         return checkpoint_dtype(self.path)
 
-    def _arithmetic(self, source: str) -> Arithmetic:
-        if source.startswith("simulation:"):
-            return Arithmetic(body=torch.float32, head=torch.float32)
-        return {TRAINER: self.trainer, ENGINE: self.engine, REFERENCE: self.reference}[source]
+    def _arithmetic(self, source: Source) -> Arithmetic:
+        if not source.plain:
+            return FP32
+        return {"trainer": self.trainer, "engine": self.engine, "reference": self.reference, "exact": FP32}[
+            source.precision
+        ]
 
-    def states(self, source: str, rows: Sequence[TraceRow], *, batch_rows: int | None = None) -> list[Tensor]:
+    def states(self, source: Source, rows: Sequence[TraceRow], *, batch_rows: int | None = None) -> list[Tensor]:
         """Hidden states of each row under a source, from memory where possible."""
-        arithmetic = self._arithmetic(source)
-        name = source if source.startswith("simulation:") else str(arithmetic.body)
-        name += "" if batch_rows is None else f" batch {batch_rows}"
-        memory = self._states.setdefault(name, {})
+        body = self._arithmetic(source).body
+        memory = self._states.setdefault(
+            (body, source.simulation, source.context, source.weights, batch_rows), {}
+        )  # fmt: skip
         missing = list({_key(r): r for r in rows if _key(r) not in memory}.values())
         if missing:
-            self.announce(f"{source}: forward pass, {arithmetic.title()}, {len(missing)} rows")
-            model = self.model(arithmetic.body)
-            scored = [ScoredRow(prompt_ids=r.prompt_token_ids, completion_ids=r.completion_token_ids) for r in missing]
-            size = batch_rows or self.batch_rows
-            if source.startswith("simulation:"):
-                with simulate(model, source.removeprefix("simulation:")):
-                    states = hidden_states(model, scored, batch_rows=size)
-            else:
-                states = hidden_states(model, scored, batch_rows=size)
+            self.announce(f"{_title(source)}: forward pass, {self._arithmetic(source).title()}, {len(missing)} rows")
+            model = self.model(body)
+            scored = [
+                ScoredRow(
+                    prompt_ids=self.contexts.applied(source.context, r.prompt_token_ids),
+                    completion_ids=r.completion_token_ids,
+                )
+                for r in missing
+            ]
+            with ExitStack() as stack:
+                if source.weights is not None:
+                    label, pattern = source.weights
+                    stack.enter_context(substituted(model, self.tensors(label), pattern))
+                if source.simulation is not None:
+                    stack.enter_context(simulate(model, *source.simulation))
+                states = hidden_states(model, scored, batch_rows=batch_rows or self.batch_rows)
             memory.update(zip((_key(r) for r in missing), states, strict=True))
         return [memory[_key(r)] for r in rows]
 
-    def head(self, source: str) -> Head:
-        """The checkpoint's head at a source's matmul precision."""
+    def head(self, source: Source) -> Head:
+        """The checkpoint's head at a source's matmul precision, changed as the source says."""
         arithmetic = self._arithmetic(source)
         if arithmetic.body not in self._heads:
             self._heads[arithmetic.body] = Head.of(self.model(arithmetic.body), torch.float32)
-        return self._heads[arithmetic.body].at(arithmetic.head)
+        head = self._heads[arithmetic.body].at(arithmetic.head)
+        if source.weights is not None:
+            label, pattern = source.weights
+            weight_VD = head_weight(self.model(arithmetic.body), self.tensors(label), pattern)
+            head = head if weight_VD is None else replace(head, weight_VD=weight_VD.to(self.device))
+        edit = source.head
+        if edit.padded_rows:
+            rows = head.weight_VD.new_zeros(edit.padded_rows, head.weight_VD.shape[1])
+            bias_V = head.bias_V if head.bias_V is None else torch.cat([head.bias_V, rows[:, 0]])
+            head = replace(head, weight_VD=torch.cat([head.weight_VD, rows]), bias_V=bias_V)
+        if edit.bf16:
+            head = head.at(torch.bfloat16)
+        return replace(head, softcap=edit.softcap or head.softcap, scale=head.scale * edit.scale)
 
     def _score(
-        self, source: str, hidden_TD: Tensor, tokens: Tokens, dists: Sequence[Distribution]
+        self, source: Source, hidden_TD: Tensor, tokens: Tokens, dists: Sequence[Distribution]
     ) -> list[TokenScores]:
         """Score on the model's device, answer on the CPU."""
         device = hidden_TD.device
@@ -121,7 +183,7 @@ class Scorer:
         found = token_scores_under(
             hidden_TD, self.head(source), tokens.targets_T.to(device), dists=dists, history=history
         )
-        return [TokenScores(**{n: getattr(s, n).cpu() for n in TokenScores.__dataclass_fields__}) for s in found]
+        return [TokenScores(**{f.name: getattr(s, f.name).cpu() for f in fields(TokenScores)}) for s in found]
 
     def unfit(self, row: TraceRow) -> str | None:
         """Say why the model cannot score a row, None if it can."""
@@ -137,10 +199,55 @@ class Scorer:
         """Wrap rows as evidence whose logits come from this scorer."""
         tokens = Tokens.of(rows)
 
-        def ask(source: str, dists: Sequence[Distribution]) -> list[TokenScores]:
+        def ask(source: Source, dists: Sequence[Distribution]) -> list[TokenScores]:
+            if source.weights is not None and source.weights[0] == STAMPED:
+                return self._ask_stamped(source, rows, tokens, dists)
             return self._score(source, torch.cat(self.states(source, rows)), tokens, dists)
 
-        return Evidence(case=case, tokens=tokens, ask=ask)
+        held: dict[tuple[Source, float], list[Tensor]] = {}
+
+        def probabilities(source: Source, temperature: float) -> list[Tensor]:
+            if (source, temperature) not in held:
+                held.clear()
+                held[source, temperature] = self._probabilities(source, rows, temperature)
+            return held[source, temperature]
+
+        def mass(source: Source, temperature: float, ids: tuple[int, ...]) -> Tensor:
+            wanted = torch.tensor(ids)
+            return torch.cat([p[:, wanted].sum(1) for p in probabilities(source, temperature)]).cpu()
+
+        def expected() -> Tensor:
+            totals = [p.sum(0) for p in probabilities(TRAINER, case.processed.temperature)]
+            return torch.stack(totals).sum(0).cpu()
+
+        return Evidence(case=case, tokens=tokens, ask=ask, mass=mass, expected=expected, facts=self.facts(rows))
+
+    def _probabilities(self, source: Source, rows: Sequence[TraceRow], temperature: float) -> list[Tensor]:
+        """Probabilities [C, V] at a temperature, a chunk of tokens at a time."""
+        hidden_TD, head = torch.cat(self.states(source, rows)), self.head(source)
+        chunks = []
+        for hidden_CD in hidden_TD.split(rows_at_once(head.vocab_size)):
+            logits = torch.empty(len(hidden_CD), head.vocab_size, dtype=head.logits_dtype, device=hidden_CD.device)
+            chunks.append((head.logits_into(hidden_CD, logits) / temperature).softmax(1))
+        return chunks
+
+    def _ask_stamped(
+        self, source: Source, rows: Sequence[TraceRow], tokens: Tokens, dists: Sequence[Distribution]
+    ) -> list[TokenScores]:
+        """Each token under the version stamped on it; tokens of an unknown version under the trainer's weights."""
+        parts: dict[str | None, list[TokenScores]] = {}
+        labels = [self.versions.get(int(v)) for v in tokens.version_T.tolist()]
+        for label in dict.fromkeys(labels):
+            own = EXACT if label is None else replace(EXACT, weights=(label, source.weights[1]))  # type: ignore[index]
+            parts[label] = self._score(own, torch.cat(self.states(own, rows)), tokens, dists)
+        chosen = []
+        for index in range(len(dists)):
+            columns = {
+                f.name: torch.stack([getattr(parts[label][index], f.name)[t] for t, label in enumerate(labels)])
+                for f in fields(TokenScores)
+            }
+            chosen.append(TokenScores(**columns))
+        return chosen
 
     def batch_shape_noise(self, rows: Sequence[TraceRow], case: Case) -> float:
         """Rms difference in nats between the trainer's batched pass and the same rows one at a time."""
@@ -153,3 +260,15 @@ class Scorer:
         difference = sides[0] - sides[1]
         difference = difference[torch.isfinite(difference)]
         return float(difference.square().mean().sqrt()) if len(difference) else float("nan")
+
+
+def _title(source: Source) -> str:
+    """What is run, for the progress line."""
+    if source.plain:
+        return source.precision
+    parts = [
+        f"{source.simulation[0]} {source.simulation[1]:g}" if source.simulation else "",
+        source.context or "",
+        " ".join(source.weights) if source.weights else "",
+    ]
+    return ", ".join(p for p in parts if p) or "another head"

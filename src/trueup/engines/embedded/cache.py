@@ -70,6 +70,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 class _Prefix:
     tokens: np.ndarray
     owner: Hashable
+    salt: str | None
     saved: dict[int, tuple[Tensor, Tensor]]
 
 
@@ -85,36 +86,42 @@ class PrefixStore:
         self._version = 0
 
     def put(
-        self, version: int, tokens: Sequence[int], owner: Hashable, saved: dict[int, tuple[Tensor, Tensor]]
+        self,
+        version: int,
+        tokens: Sequence[int],
+        owner: Hashable,
+        saved: dict[int, tuple[Tensor, Tensor]],
+        *,
+        salt: str | None = None,
     ) -> None:
         """Keep a prompt's state; it replaces nothing and may push out the least recently used."""
         self._enter(version)
-        self._entries[self._next] = _Prefix(tokens=np.asarray(tokens), owner=owner, saved=saved)
+        self._entries[self._next] = _Prefix(tokens=np.asarray(tokens), owner=owner, salt=salt, saved=saved)
         self._next += 1
         self._tokens += len(tokens)
         while self._tokens > self.max_tokens and len(self._entries) > 1:
             self._tokens -= len(self._entries.popitem(last=False)[1].tokens)
 
-    def holds(self, version: int, tokens: Sequence[int]) -> bool:
+    def holds(self, version: int, tokens: Sequence[int], salt: str | None = None) -> bool:
         """Whether just this prompt is kept already, long enough for whoever asks for it."""
         self._enter(version)
         return len(tokens) > MIN_PREFIX and any(
-            np.array_equal(entry.tokens, tokens) for entry in self._entries.values()
+            entry.salt == salt and np.array_equal(entry.tokens, tokens) for entry in self._entries.values()
         )
 
     def find(
-        self, version: int, tokens: Sequence[int], owner: Hashable, *, shared: bool
+        self, version: int, tokens: Sequence[int], owner: Hashable, *, shared: bool, salt: str | None = None
     ) -> tuple[int, dict[int, tuple[Tensor, Tensor]]]:
         """Return (positions, state) of the longest known beginning of a prompt, at most all of it but one token.
 
-        `shared` allows prefixes of other owners. (0, {}) if there is none.
+        `shared` allows prefixes of other owners, with the same salt. (0, {}) if there is none.
         """
         self._enter(version)
         best, chosen = 0, -1
         wanted = np.asarray(tokens[:-1])
         for key, entry in self._entries.items():
             own = entry.owner == owner
-            if not own and not shared:
+            if entry.salt != salt or not (own or shared):
                 continue
             count = min(len(wanted), len(entry.tokens))
             differ = np.nonzero(wanted[:count] != entry.tokens[:count])[0]

@@ -35,6 +35,7 @@ def requests_of(body: CompletionRequest, tokens: Tokens) -> list[GenerationReque
             sampling=sampling,
             n=body.n,
             ignore_eos=body.ignore_eos,
+            cache_salt=body.cache_salt,
         )
         for index, ids in enumerate(prompts)
     ]
@@ -46,7 +47,10 @@ def requests_of_chat(body: ChatRequest, tokens: Tokens) -> list[GenerationReques
     limit = body.max_completion_tokens or body.max_tokens
     sampling = body.model_copy(update={"max_tokens": limit}).sampling()
     prompt = Prompt(prompt_id="0", task=TASK, token_ids=tuple(ids))
-    return [GenerationRequest(prompt=prompt, sampling=sampling, n=body.n, ignore_eos=body.ignore_eos)]
+    request = GenerationRequest(
+        prompt=prompt, sampling=sampling, n=body.n, ignore_eos=body.ignore_eos, cache_salt=body.cache_salt
+    )
+    return [request]
 
 
 def prompt_row(request: GenerationRequest) -> ScoredRow:

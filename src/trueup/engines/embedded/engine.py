@@ -26,8 +26,9 @@ from trueup.engines.base import (
     Scores,
     UpdateReceipt,
 )
+from trueup.engines.embedded.faults import Planted, Transport
 from trueup.engines.embedded.loop import StepLoop, Swap
-from trueup.engines.embedded.options import CAPABILITIES, NAME, EngineOptions
+from trueup.engines.embedded.options import CAPABILITIES, NAME, EngineOptions, Fault
 from trueup.engines.embedded.runner import PolicyRunner, Shadow
 from trueup.engines.embedded.scheduler import Group
 from trueup.engines.embedded.scheduler import Sequence as EngineSequence
@@ -56,6 +57,7 @@ class EmbeddedEngine:
         self.capabilities = replace(CAPABILITIES, bitwise=options.bitwise)
         self._updating = threading.Lock()
         self._group_ids = itertools.count()
+        self._planted = Planted()
         self._worker = Worker(self._open, name="trueup-engine")
 
     def _open(self) -> StepLoop:
@@ -225,6 +227,13 @@ class EmbeddedEngine:
         except BaseException as error:  # noqa: BLE001  (handed to the thread that waits for it)
             prepared.set_exception(error)
 
+    def plant(self, faults: Sequence[Fault], transport: Transport | None = None) -> None:
+        """Break the engine on purpose, between two steps; what was planted before is taken back first.
+
+        Raises EngineError for a fault that is not known or cannot be planted here.
+        """
+        self._worker.call(lambda: self._planted.replace(self, self._loop, faults, transport), DEFAULT_TIMEOUT_S)
+
     def status(self) -> EngineStatus:
         """See Engine.status. Raises EngineError when the engine's thread has failed."""
         loop, precision = self._loop, self.options
@@ -249,6 +258,8 @@ class EmbeddedEngine:
                 "steps": loop.steps,
                 "prefill_tokens": loop.prefill_tokens,
                 "prefix_hit_tokens": loop.prefixes.hit_tokens,
+                "weights_folder": None if precision.weights_root is None else str(precision.weights_root.absolute()),
+                "faults": self._planted.described(),
             },
         )
 

@@ -47,6 +47,11 @@ class StepLayout:
         self.slots = torch.tensor([s.slot for s in self.single])
         self._masks: dict[object, Tensor] = {}
 
+    @staticmethod
+    def visible(query_pos: Tensor, key_pos: Tensor, window: int | None) -> Tensor:
+        """Which keys a query sees; see model/attention.py."""
+        return visible(query_pos, key_pos, window)
+
     def positions(self) -> list[int]:
         """Position of each token in its sequence."""
         return [p for s in [*self.single, *self.chunks] for p in range(s.start, s.end)]
@@ -95,7 +100,7 @@ class StepLayout:
             query = torch.zeros(rows, dtype=torch.long)
             at = torch.tensor([s.start for s in self.single])
             query[self.slots if in_place else torch.arange(rows)] = at
-            self._masks[window] = visible(query[:, None], torch.arange(length)[None], window)[:, None]
+            self._masks[window] = self.visible(query[:, None], torch.arange(length)[None], window)[:, None]
         return self._masks[window]
 
     def _chunk(self, span: Span, query_HTD: Tensor, keys: Tensor, values: Tensor, shape: Shape) -> Tensor:
@@ -103,7 +108,7 @@ class StepLayout:
         key = (span, shape.window)
         if key not in self._masks:
             at = torch.arange(span.end)
-            self._masks[key] = visible(at[span.start :, None], at[None], shape.window)[None]
+            self._masks[key] = self.visible(at[span.start :, None], at[None], shape.window)[None]
         states = (keys[span.slot, : span.end].transpose(0, 1), values[span.slot, : span.end].transpose(0, 1))
         return grouped_attention(query_HTD[None], states[0][None], states[1][None], self._masks[key], shape)[0]
 

@@ -52,6 +52,7 @@ class StepLoop:
         self.scheduler = Scheduler(slots=options.slots, step_tokens=options.step_tokens)
         self.prefixes = PrefixStore(max_tokens=options.prefix_tokens)
         self.share_prefixes = options.prefix_cache
+        self.sample = sample
         self.version = 0
         self.paused = False
         self.steps = self.generated_tokens = self.prefill_tokens = 0
@@ -163,7 +164,7 @@ class StepLoop:
 
     def _draw(self, ready: list[Sequence], states_TD: Tensor) -> None:
         """Draw, stamp and report a token for each sequence; end those that are done."""
-        for sequence, error in sample(states_TD, self.runner.head, ready, self.version):
+        for sequence, error in self.sample(states_TD, self.runner.head, ready, self.version):
             self._finish(sequence, f"error: {error}")
         for sequence in ready:
             if sequence.finish_reason is not None:
@@ -193,7 +194,9 @@ class StepLoop:
         """Restore what is known of a prompt, all but its last token, which must be run to draw from."""
         if sequence.sampling is None:
             return
-        count, saved = self.prefixes.find(self.version, sequence.tokens, sequence.group, shared=self.share_prefixes)
+        count, saved = self.prefixes.find(
+            self.version, sequence.tokens, sequence.group, shared=self.share_prefixes, salt=self._salt(sequence)
+        )
         if count:
             assert sequence.slot is not None
             self.runner.cache.restore(sequence.slot, count, saved)
@@ -207,10 +210,15 @@ class StepLoop:
         if fresh and pure and (len(group.members) > 1 or self.share_prefixes):
             assert sequence.slot is not None
             prompt = sequence.tokens[: sequence.prompt_tokens]
-            if not (self.share_prefixes and self.prefixes.holds(self.version, prompt)):
+            salt = self._salt(sequence)
+            if not (self.share_prefixes and self.prefixes.holds(self.version, prompt, salt)):
                 saved = self.runner.cache.save(sequence.slot, sequence.prompt_tokens)
-                self.prefixes.put(self.version, prompt, sequence.group, saved)
+                self.prefixes.put(self.version, prompt, sequence.group, saved, salt=salt)
             group.prompt_ready = self.version
+
+    def _salt(self, sequence: Sequence) -> str | None:
+        request = self.scheduler.groups[sequence.group].request
+        return None if request is None else request.cache_salt
 
     def _scored(self, sequence: Sequence, states_TD: Tensor) -> None:
         """Collect a row's states; once it is whole, score it."""

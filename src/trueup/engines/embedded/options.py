@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -39,3 +40,17 @@ class EngineOptions:
     prefix_tokens: int = 65536
     bitwise: bool = False
     weights_root: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fault:
+    """Something to break on purpose (faults.py), with the numbers or names it takes."""
+
+    name: str
+    values: Mapping[str, float | str] = field(default_factory=dict)
+
+    def title(self) -> str:
+        """Return e.g. "window width=24"."""
+        return " ".join(
+            [self.name, *(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.values.items())]
+        )

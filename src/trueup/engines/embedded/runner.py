@@ -33,8 +33,9 @@ class PolicyRunner:
 
     def __init__(self, model: LoadedModel, cache: KVCache, *, head_dtype: torch.dtype) -> None:
         self.model, self.cache, self.head_dtype = model, cache, head_dtype
-        self.fused = fuse(model)
-        self.head = self._head(torch.detach)
+        self.layout: type[StepLayout] = TiledStepLayout if model.bitwise else StepLayout
+        self.fused: FusedBody | None = None
+        self.refresh()
 
     @classmethod
     def of(cls, model: LoadedModel, *, slots: int, capacity: int, head_dtype: torch.dtype) -> PolicyRunner:
@@ -45,7 +46,7 @@ class PolicyRunner:
     @torch.no_grad()
     def forward(self, spans: Sequence[Span], token_ids: Sequence[int]) -> Tensor:
         """Run the tokens of the spans (single tokens first) through the body, extending the cache; states [T, D]."""
-        layout = (TiledStepLayout if self.model.bitwise else StepLayout)(self.cache, spans)
+        layout = self.layout(self.cache, spans)
         ids, positions = list(token_ids), layout.positions()
         if self.fused is not None:
             return self.fused(ids, positions, layout)
@@ -81,6 +82,11 @@ class PolicyRunner:
         for name, tensor in shadow.tensors.items():
             owners[name].data = tensor
         self.head, self.fused = shadow.head, shadow.fused
+
+    def refresh(self) -> None:
+        """Derive head and faster body from the weights that the model holds now."""
+        self.fused = fuse(self.model)
+        self.head = self._head(torch.detach)
 
     def _owners(self) -> dict[str, Tensor]:
         return dict(self.model.lm.named_parameters()) | dict(self.model.lm.named_buffers())

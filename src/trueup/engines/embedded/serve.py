@@ -79,7 +79,10 @@ def serve(config: ServeConfig, *, announce: Callable[[str], None]) -> None:
     except BaseException:
         listener.close()
         raise
-    app = make_app(engine, token, request_timeout_s=config.request_timeout_s, max_queue=config.max_queue)
+    app = make_app(
+        engine, token, request_timeout_s=config.request_timeout_s, max_queue=config.max_queue,
+        allow_faults=config.allow_faults,
+    )  # fmt: skip
     settings = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=SHUTDOWN_S, server_header=False
     )
@@ -87,6 +90,8 @@ def serve(config: ServeConfig, *, announce: Callable[[str], None]) -> None:
     announce(f"serving  http://{host}:{port}  {config.model}  body {config.dtype}, head {config.head}"
              f"{', bitwise' if config.bitwise else ''}")  # fmt: skip
     announce(f"token    {token if config.token_file is None else config.token_file}")
+    if config.allow_faults:
+        announce("faults   may be planted by whoever holds the token: for trying the checker, never for training")
     announce(f"weights  {'no updates (--weights FOLDER allows them)' if config.weights is None else config.weights}")
     if not config.host.startswith("127.") and config.host not in ("localhost", "::1"):
         announce("warning  reachable from other machines, without TLS: whoever holds the token controls the policy")

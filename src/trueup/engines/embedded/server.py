@@ -24,9 +24,11 @@ from fastapi.security import HTTPBearer
 from trueup.engines.base import GenerationRequest, Result
 from trueup.engines.embedded import completions
 from trueup.engines.embedded.engine import EmbeddedEngine
+from trueup.engines.embedded.faults import Transport
 from trueup.engines.embedded.wire import (
     ChatRequest,
     CompletionRequest,
+    FaultsRequest,
     PauseRequest,
     ScoreRequest,
     UpdateRequest,
@@ -59,8 +61,11 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 class Served:
     """What the endpoints share: the engine, the token, limits."""
 
-    def __init__(self, engine: EmbeddedEngine, token: str, *, request_timeout_s: float, max_queue: int) -> None:
-        self.engine, self.token = engine, token
+    def __init__(
+        self, engine: EmbeddedEngine, token: str, *, request_timeout_s: float, max_queue: int, allow_faults: bool
+    ) -> None:
+        self.engine, self.token, self.allow_faults = engine, token, allow_faults
+        self.transport = Transport()
         self.request_timeout_s, self.max_queue = request_timeout_s, max_queue
         self.model = engine.path.name
         self.started = int(time.time())
@@ -119,9 +124,16 @@ def _error(status: int, message: str, kind: str = "invalid_request_error", **hea
     return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status, headers)
 
 
-def make_app(engine: EmbeddedEngine, token: str, *, request_timeout_s: float = 600.0, max_queue: int = 4096) -> FastAPI:
-    """Return the application; `engine` stays the caller's to close."""
-    served = Served(engine, token, request_timeout_s=request_timeout_s, max_queue=max_queue)
+def make_app(
+    engine: EmbeddedEngine,
+    token: str,
+    *,
+    request_timeout_s: float = 600.0,
+    max_queue: int = 4096,
+    allow_faults: bool = False,
+) -> FastAPI:
+    """Return the application; `engine` stays the caller's to close. `allow_faults` lets it be broken on purpose."""
+    served = Served(engine, token, request_timeout_s=request_timeout_s, max_queue=max_queue, allow_faults=allow_faults)
     app = FastAPI(title="trueup serve", version="1", docs_url=None, redoc_url=None)
     app.state.served = served
     _handle_errors(app, served)
@@ -179,18 +191,16 @@ def _add_openai(app: FastAPI, served: Served) -> None:
 
     @app.post("/v1/completions", response_model=None, **guarded)
     async def complete(client: Request, body: Annotated[CompletionRequest, Body()]) -> Response:
-        requests = completions.requests_of(body, served.engine.tokens)
+        requests = completions.requests_of(served.transport.incoming(body), served.engine.tokens)
+        writer = served.transport.writer(body, served.model, served.engine.tokens)
         if body.stream:
-            return await _stream(
-                client, requests, completions.CompletionWriter(body, served.model, served.engine.tokens)
-            )
+            return await _stream(client, requests, writer)
         results = await served.generate(requests, client)
         scores = None
         if body.prompt_logprobs is not None:
             rows = [completions.prompt_row(request) for request in requests]
             run = partial(served.engine.score, rows, timeout_s=served.request_timeout_s)
             scores = await served.apart(served.scoring, run)
-        writer = completions.CompletionWriter(body, served.model, served.engine.tokens)
         return JSONResponse(writer.whole(requests, results, scores))
 
     @app.post("/v1/chat/completions", response_model=None, **guarded)
@@ -276,6 +286,14 @@ def _add_control(app: FastAPI, served: Served) -> None:
             timeout_s=served.request_timeout_s,
         )  # fmt: skip
         return asdict(await served.apart(served.updating, update))
+
+    @app.post("/control/faults", **guarded)
+    async def faults(body: Annotated[FaultsRequest, Body()]) -> dict[str, Any]:
+        if not served.allow_faults:
+            raise EngineError("this server cannot be broken on purpose: start it with --allow-faults")
+        plant = partial(served.engine.plant, [f.to_fault() for f in body.faults], served.transport)
+        await served.apart(served.updating, plant)
+        return {"faults": served.engine.status().details["faults"]}
 
     @app.post("/control/score", **guarded)
     async def score(body: Annotated[ScoreRequest, Body()]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 from trueup.engines.base import EngineCapabilities, PauseMode, RolloutFailure
+from trueup.engines.embedded.options import Fault
 from trueup.errors import EngineError, RecordError
 from trueup.types import (
     SAMPLING_FIELDS,
@@ -59,6 +60,7 @@ class _Sampled(BaseModel):
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
+    cache_salt: Text | None = Field(None, description="cached prompts are shared only under the same salt")
     return_rollout: bool = Field(False, description="add the whole rollout record to each choice")
 
     def sampling(self) -> SamplingParams:
@@ -118,6 +120,27 @@ class UpdateRequest(BaseModel):
 
     path: str = Field(min_length=1, max_length=4096)
     clear_cache: bool
+
+
+class FaultSpec(BaseModel):
+    """A fault by name, with the numbers it takes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(min_length=1, max_length=64)
+    values: dict[str, Real | Annotated[str, Field(max_length=256)]] = Field({}, max_length=16)
+
+    def to_fault(self) -> Fault:
+        """Return the record."""
+        return Fault(name=self.name, values=dict(self.values))
+
+
+class FaultsRequest(BaseModel):
+    """POST /control/faults: what is broken from now on, instead of what was before; none heals."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    faults: list[FaultSpec] = Field(max_length=8)
 
 
 class RowToScore(BaseModel):

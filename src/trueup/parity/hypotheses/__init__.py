@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from trueup.parity.evidence import EngineModel, Evidence
 
+ENGINE_WIDE = frozenset({"T10", "W1", "W2", "W3", "W5", "W15", "I1", "I2", "I6", "I8", "I12", "I14"})
+"""Causes that do not depend on how tokens are sampled: one search in one setting is enough."""
 LAYERS = ("semantic", "tokenization", "weights", "inference", "trainer", "objective")
 
 
@@ -29,8 +31,10 @@ class Hypothesis:
     """A possible cause.
 
     `variants(evidence, model)` edits an engine model in every way this cause could (empty: its mark is not there, so it
-    is ruled out). `unseeable(evidence)` gives the reason this setting cannot show the cause, or None. `simulates` marks
-    causes that need further forward passes and are tried only when nothing cheaper explains the gap.
+    is ruled out). `refine(evidence, variant, step)` gives neighbours of a variant that has a number in it, closer ones
+    for a smaller step (1 at first, then halved). `unseeable` gives the reason this setting cannot show the cause, or
+    None. `simulates` marks causes that need further forward passes and are tried only when nothing cheaper explains the
+    gap; `numeric` those that could only leave a small gap.
     """
 
     id: str
@@ -39,7 +43,9 @@ class Hypothesis:
     fix: str
     variants: Callable[[Evidence, EngineModel], Sequence[Variant]]
     unseeable: Callable[[Evidence], str | None] = lambda evidence: None
+    refine: Callable[[Evidence, Variant, float], Sequence[Variant]] | None = None
     simulates: bool = False
+    numeric: bool = False
 
     def __post_init__(self) -> None:
         assert self.layer in LAYERS, self.layer

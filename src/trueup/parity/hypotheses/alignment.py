@@ -1,10 +1,12 @@
-"""TOK: right numbers against the wrong tokens. T1 shift."""
+"""TOK: right numbers against the wrong tokens. T1 shift, T7 an end token that nobody sampled."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from trueup.parity.evidence import EngineModel, Evidence
+import torch
+
+from trueup.parity.evidence import EngineModel, Evidence, render, skipped
 from trueup.parity.hypotheses import Hypothesis, Variant
 
 SHIFTS = (-3, -2, -1, 1, 2, 3)
@@ -22,6 +24,27 @@ def _shift(evidence: Evidence, model: EngineModel) -> list[Variant]:
     ]
 
 
+LAST_SHARE = 0.8
+LAST_NATS = 0.3
+
+
+def _synthetic_end(evidence: Evidence, model: EngineModel) -> list[Variant]:
+    """Offered only where the last token is far off in most rows, and farther than the others are."""
+    if model.skip is not None:
+        return []
+    whole = evidence.everything
+    off_T = (render(whole, model) - whole.tokens.engine_T).abs().nan_to_num(torch.inf)
+    last_T = skipped(whole.tokens, "last")
+    usual = float(off_T[~last_T].quantile(0.99)) if bool((~last_T).any()) else torch.inf
+    share = float((off_T[last_T] > max(usual, LAST_NATS)).double().mean())
+    if share < LAST_SHARE:
+        return []
+    ids = torch.unique(whole.tokens.targets_T[last_T]).tolist()
+    what = f"token {ids[0]}" if len(ids) == 1 else f"{len(ids)} different tokens"
+    detail = f"only the last token of each completion is off ({share:.0%} of rows, {what}): nobody sampled it"
+    return [Variant(model=replace(model, skip="last"), detail=detail)]
+
+
 HYPOTHESES = (
     Hypothesis(
         id="T1",
@@ -29,5 +52,12 @@ HYPOTHESES = (
         title="logprobs are shifted against the tokens",
         fix="realign: entry t must describe completion token t",
         variants=_shift,
+    ),
+    Hypothesis(
+        id="T7",
+        layer="tokenization",
+        title="the last token was appended, not sampled",
+        fix="keep the real end token with its logprob, or mask an appended one out of the loss",
+        variants=_synthetic_end,
     ),
 )

@@ -1,10 +1,10 @@
-"""INF: right weights, right distribution, other arithmetic. I1 and its known forms, each imitated by a forward pass."""
+"""INF: right weights, right distribution, other arithmetic: I1 rounding, I2 head precision, I6 8-bit cache."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from trueup.parity.evidence import TRAINER, EngineModel, Evidence, simulation
+from trueup.parity.evidence import EXACT, EngineModel, Evidence, HeadEdit
 from trueup.parity.hypotheses import Hypothesis, Variant
 
 KNOWN = {
@@ -17,12 +17,34 @@ KNOWN = {
 
 
 def _simulated(evidence: Evidence, model: EngineModel) -> list[Variant]:
-    if model.source != TRAINER:
+    if not model.source.plain:
         return []
     return [
-        Variant(model=replace(model, source=simulation(name)), detail=f"the engine computes like a body {what}")
+        Variant(
+            model=replace(model, source=replace(EXACT, simulation=(name, 0.0))),
+            detail=f"the engine computes like a body {what}",
+        )
         for name, what in KNOWN.items()
     ]
+
+
+def _float8(evidence: Evidence, model: EngineModel) -> list[Variant]:
+    if not model.source.plain:
+        return []
+    return [
+        Variant(
+            model=replace(model, source=replace(EXACT, simulation=("kv_float8", bits))),
+            detail=f"the engine computes as if keys and values were kept in 8 bits ({name})",
+        )
+        for bits, name in ((4.0, "e4m3"), (5.0, "e5m2"))
+    ]
+
+
+def _bf16_head(evidence: Evidence, model: EngineModel) -> list[Variant]:
+    if not model.source.plain or evidence.facts.bf16_head:
+        return []
+    detail = "the engine's logits are those of a head multiplied and rounded in bf16; the trainer's head is fp32"
+    return [Variant(model=replace(model, source=replace(EXACT, head=HeadEdit(bf16=True))), detail=detail)]
 
 
 HYPOTHESES = (
@@ -32,6 +54,24 @@ HYPOTHESES = (
         title="the engine rounds in bf16 where the trainer does not",
         fix="use a build whose bf16 stores round to nearest (on x86: compiled for AVX512-BF16), or serve in float32",
         variants=_simulated,
+        simulates=True,
+        numeric=True,
+    ),
+    Hypothesis(
+        id="I2",
+        layer="inference",
+        title="the output head is multiplied in another precision than the trainer's",
+        fix='fp32 head on both sides: vLLM 0.32 --hf-overrides \'{"head_dtype": "float32"}\'; or bf16 on both',
+        variants=_bf16_head,
+        simulates=True,
+        numeric=True,
+    ),
+    Hypothesis(
+        id="I6",
+        layer="inference",
+        title="the engine keeps keys and values in 8 bits",
+        fix="--kv-cache-dtype auto, or quantise the trainer's keys and values alike",
+        variants=_float8,
         simulates=True,
     ),
 )

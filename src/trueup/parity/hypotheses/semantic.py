@@ -1,9 +1,10 @@
-"""SEM: the engine's number is a logprob, but of another distribution than the trainer's. S1, S2, S3, S4, S6."""
+"""SEM: the engine's number is a logprob, but of another distribution than the trainer's. S1 to S4, S6."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from trueup.parity.bias import bias_variants, closer_bias
 from trueup.parity.evidence import EngineModel, Evidence
 from trueup.parity.hypotheses import Hypothesis, Variant
 from trueup.policy.processing import Distribution
@@ -47,6 +48,8 @@ def _temperature_unseeable(evidence: Evidence) -> str | None:
 
 def _wrong_temperature(evidence: Evidence, model: EngineModel) -> list[Variant]:
     declared = evidence.case.processed.temperature
+    if "temperature" in evidence.case.omitted:  # then it is the engine's default: S5
+        return []
     if model.dist.temperature not in (declared, evidence.case.trainer_distribution.temperature):
         return []
     candidates = {round(declared**2, 6), 1.0, *evidence.case.other_temperatures, *TEMPERATURE_GRID}
@@ -76,7 +79,26 @@ def _truncation_unseeable(evidence: Evidence) -> str | None:
     return None if evidence.case.processed.truncates else "no top-p, top-k or min-p is declared"
 
 
+def _closer_temperature(evidence: Evidence, variant: Variant, step: float) -> list[Variant]:
+    value = variant.model.dist.temperature
+    near = sorted({round(value + sign * 0.04 * step, 4) for sign in (-1, 1)})
+    return [
+        v
+        for t in near
+        for v in _with(
+            variant.model,
+            f"engine fits T'={t:g}, not the declared {evidence.case.processed.temperature:g}",
+            temperature=t,
+        )
+        if t > 0
+    ]
+
+
 def _penalties(evidence: Evidence, model: EngineModel) -> list[Variant]:
+    return [*_declared_penalties(evidence, model), *bias_variants(evidence, model)]
+
+
+def _declared_penalties(evidence: Evidence, model: EngineModel) -> list[Variant]:
     names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
     if model.dist.penalises:
         plain = Distribution()
@@ -84,10 +106,6 @@ def _penalties(evidence: Evidence, model: EngineModel) -> list[Variant]:
         return _with(model, detail, **{n: getattr(plain, n) for n in names})
     detail = "engine applies the declared penalties, the trainer does not"
     return _with(model, detail, **{n: getattr(evidence.case.processed, n) for n in names})
-
-
-def _penalties_unseeable(evidence: Evidence) -> str | None:
-    return None if evidence.case.processed.penalises else "no repetition, presence or frequency penalty is declared"
 
 
 HYPOTHESES = (
@@ -113,6 +131,7 @@ HYPOTHESES = (
         title="engine's temperature is not the declared one",
         fix="store the temperature with each rollout and apply it once, on one side only",
         variants=_wrong_temperature,
+        refine=_closer_temperature,
     ),
     Hypothesis(
         id="S4",
@@ -125,9 +144,9 @@ HYPOTHESES = (
     Hypothesis(
         id="S6",
         layer="semantic",
-        title="penalties are in the logprobs of one side only",
-        fix="turn repetition, presence and frequency penalties off for rollouts, or replay them in the trainer",
+        title="penalties or a logit bias are in the logprobs of one side only",
+        fix="turn penalties, logit_bias, bad_words and min_tokens off for rollouts, or replay them in the trainer",
         variants=_penalties,
-        unseeable=_penalties_unseeable,
+        refine=closer_bias,
     ),
 )

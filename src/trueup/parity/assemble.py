@@ -1,0 +1,47 @@
+"""From judged settings and probes to one report: causes merged and ranked, what was ruled out, what was not tested."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from trueup.parity.catalogue import IMPLEMENTED, NOT_IMPLEMENTED, order_of
+from trueup.parity.report import Cause, SettingReport
+
+NOT_BUILT = "not implemented: never named"
+
+
+def merge(reports: Sequence[SettingReport], probed: Sequence[Cause] = ()) -> list[Cause]:
+    """One entry a cause id: what probes saw first, then by the number of settings and by how much is explained."""
+    merged: dict[str, Cause] = {}
+    for report in reports:
+        for cause in report.causes:
+            known = merged.get(cause.id)
+            best = cause if known is None or (cause.explained or 0) > (known.explained or 0) else known
+            places = (known.settings if known else ()) + cause.settings
+            merged[cause.id] = replace(best, settings=places)
+    first = {c.id: c for c in probed}
+    for cause_id in first:
+        if cause_id in merged:
+            other = merged.pop(cause_id)
+            first[cause_id] = replace(first[cause_id], settings=other.settings, explained=other.explained)
+    rest = sorted(merged.values(), key=lambda c: (-len(c.settings), -(c.explained or 1.0)))
+    return [*first.values(), *rest]
+
+
+def ruled_out(reports: Sequence[SettingReport], named: Sequence[Cause], probed: Sequence[str] = ()) -> list[str]:
+    """Ids that every setting ruled out, or a probe did, in catalogue order."""
+    everywhere = set.intersection(*(set(r.ruled_out) for r in reports)) if reports else set()
+    return sorted((everywhere | set(probed)) - {c.id for c in named}, key=order_of)
+
+
+def untested(reports: Sequence[SettingReport], tested: Sequence[str], missing: Mapping[str, str]) -> dict[str, str]:
+    """Why each other id was not tested, in catalogue order: as the settings say, else as `missing` does."""
+    done = {i for r in reports for i in r.ruled_out} | set(tested)
+    reasons: dict[str, dict[str, None]] = {}
+    for cause_id, why in (item for r in reports for item in r.untested.items() if item[0] not in done):
+        reasons.setdefault(cause_id, {})[why] = None
+    found = {i: ", or ".join(why) for i, why in reasons.items()}
+    found |= {i: why for i, why in missing.items() if i not in done and i in IMPLEMENTED}
+    found |= dict.fromkeys(NOT_IMPLEMENTED, NOT_BUILT)
+    return dict(sorted(found.items(), key=lambda item: order_of(item[0])))

@@ -1,0 +1,75 @@
+"""What the trainer's checkpoint says of itself, as far as hypotheses start from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trueup.model.load import LoadedModel
+
+ROPE_THETA = 10_000.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """Properties of the checkpoint and of what was given beside it.
+
+    `checkpoints`: labels of older weights, oldest first. `stamped`: whether stamped versions can be told apart by
+    those. `contexts`: what could have been done to the prompts. `generation`: sampling defaults of
+    generation_config.json. `tensor_kinds`: last names of weight matrices, e.g. "q_proj". `bf16_head`: the trainer or
+    the engine as declared multiplies its head in bfloat16.
+    """
+
+    checkpoints: tuple[str, ...] = ()
+    stamped: bool = False
+    contexts: tuple[str, ...] = ()
+    vocab: int = 0
+    rope_theta: float = ROPE_THETA
+    softcap: float | None = None
+    eos_ids: tuple[int, ...] = ()
+    generation: Mapping[str, float] = field(default_factory=dict)
+    tensor_kinds: tuple[str, ...] = ()
+    bf16_head: bool = False
+
+
+def facts_of(
+    model: LoadedModel, *, checkpoints: tuple[str, ...], stamped: bool, contexts: tuple[str, ...], bf16_head: bool
+) -> Facts:
+    """Read them off a loaded checkpoint."""
+    config = model.lm.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    theta = rope.get("rope_theta") if isinstance(rope, dict) else None
+    eos = getattr(config, "eos_token_id", None)
+    kinds = dict.fromkeys(_kind(name) for name, tensor in model.stored_tensors().items() if tensor.ndim)
+    return Facts(
+        checkpoints=checkpoints,
+        stamped=stamped,
+        contexts=contexts,
+        vocab=model.vocab_size,
+        rope_theta=float(theta or getattr(config, "rope_theta", None) or ROPE_THETA),
+        softcap=model.softcap,
+        eos_ids=tuple(eos if isinstance(eos, list) else [eos] if eos is not None else []),
+        generation=generation_defaults(model.path),
+        tensor_kinds=tuple(k for k in kinds if k),
+        bf16_head=bf16_head,
+    )
+
+
+def _kind(name: str) -> str:
+    """ "model.layers.3.self_attn.q_proj.weight" as "q_proj"."""
+    parts = [p for p in name.split(".") if p not in ("weight", "bias")]
+    return parts[-1] if parts else name
+
+
+def generation_defaults(path: Path) -> dict[str, float]:
+    """Sampling fields that generation_config.json sets; an engine may apply them where a request is silent."""
+    try:
+        content = json.loads((path / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    if not isinstance(content, dict):
+        return {}
+    return {n: v for n in names if isinstance(v := content.get(n), int | float) and not isinstance(v, bool)}

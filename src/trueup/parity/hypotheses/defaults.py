@@ -1,0 +1,100 @@
+"""SEM: the engine changes the distribution on its own account. S5 defaults nobody sent, S7 a grammar."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from trueup.parity.evidence import EngineModel, Evidence, render
+from trueup.parity.hypotheses import Hypothesis, Variant
+
+GRIDS: dict[str, tuple[float, ...]] = {
+    "temperature": (0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.2, 1.3, 1.5),
+    "top_p": (0.5, 0.8, 0.85, 0.9, 0.95, 0.99),
+    "top_k": (1, 5, 10, 20, 30, 40, 50, 64, 100, 200),
+    "min_p": (0.01, 0.02, 0.05, 0.1),
+    "repetition_penalty": (1.02, 1.05, 1.1, 1.15, 1.2, 1.3, 1.5),
+}
+ONE_SIDED = 0.9
+MIN_ZEROS = 2
+MAX_ALLOWED_MASS = 0.95
+
+
+def _filled(evidence: Evidence, model: EngineModel, values: dict[str, float]) -> list[Variant]:
+    dist = replace(model.dist, **values)  # type: ignore[arg-type]
+    if dist == model.dist:
+        return []
+    plain = evidence.case.processed
+    names = [n for n in GRIDS if getattr(dist, n) != getattr(plain, n)]
+    words = ", ".join(f"{n}={getattr(dist, n):g}" for n in names)
+    return [Variant(model=replace(model, dist=dist), detail=f"no request set it, yet the engine fits {words}")]
+
+
+def _hidden(evidence: Evidence, model: EngineModel) -> list[Variant]:
+    if model.dist != evidence.case.processed:
+        return []
+    omitted = evidence.case.omitted
+    declared = {n: v for n, v in evidence.facts.generation.items() if n in omitted}
+    found = _filled(evidence, model, declared) if declared else []
+    return found + [
+        v for n in GRIDS if n in omitted for value in GRIDS[n] for v in _filled(evidence, model, {n: value})
+    ]
+
+
+def _another_field(evidence: Evidence, variant: Variant, step: float) -> list[Variant]:
+    """The same with one more hidden field, or another value of one: on the grid, and half-way to its neighbours."""
+    if step < 1:
+        return []
+    found = []
+    for name in (n for n in GRIDS if n in evidence.case.omitted):
+        value = getattr(variant.model.dist, name)
+        near = [value + share * (other - value) for other in GRIDS[name] for share in (0.5, 0.2)]
+        near = sorted(near, key=lambda v, at=value: abs(v - at))[:8] if value else []  # type: ignore[misc]
+        values = {*GRIDS[name], *(float(round(v)) if name == "top_k" else round(v, 4) for v in near)}
+        for candidate in sorted(values - {value}):
+            found += _filled(evidence, variant.model, {name: int(candidate) if name == "top_k" else candidate})
+    return found
+
+
+def _all_sent(evidence: Evidence) -> str | None:
+    hidden = [n for n in GRIDS if n in evidence.case.omitted]
+    return None if hidden else "the requests set every sampling field"
+
+
+def _grammar(evidence: Evidence, model: EngineModel) -> list[Variant]:
+    """Offered where the engine's numbers are too high throughout and the ids it drew hold little of the mass."""
+    if model.allowed or model.dist.truncates or model.dist.penalises or model.bias is not None:
+        return []
+    whole = evidence.everything
+    residual_T = render(whole, model) - whole.tokens.engine_T
+    residual_T = residual_T[torch.isfinite(residual_T)]
+    allowed = tuple(torch.unique(whole.tokens.targets_T).tolist())
+    mass = float(whole.mass(model.source, model.dist.temperature, allowed).mean())
+    if not len(residual_T) or float((residual_T < 1e-3).double().mean()) < ONE_SIDED or mass > MAX_ALLOWED_MASS:
+        return []
+    zeros = int((whole.tokens.engine_T == 0.0).sum())
+    forced = f"; {zeros} tokens carry exactly 0: nothing else was allowed" if zeros >= MIN_ZEROS else ""
+    detail = f"the engine draws among {len(allowed)} ids only, which hold {mass:.0%} of the trainer's mass{forced}"
+    return [Variant(model=replace(model, allowed=allowed), detail=detail)]
+
+
+HYPOTHESES = (
+    Hypothesis(
+        id="S5",
+        layer="semantic",
+        title="the engine applies sampling defaults that no request set",
+        fix="--generation-config vllm, and send every sampling field explicitly",
+        variants=_hidden,
+        refine=_another_field,
+        unseeable=_all_sent,
+        simulates=True,
+    ),
+    Hypothesis(
+        id="S7",
+        layer="semantic",
+        title="a grammar or structured-output mask is in the engine's logprobs only",
+        fix="leave forced tokens out of the loss, or replay the mask in the trainer",
+        variants=_grammar,
+    ),
+)

@@ -1,0 +1,110 @@
+"""What a check of any kind works with: the scorer, limits scaled to the model, rows that the model can score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from trueup.config import CheckConfig, LimitsConfig
+from trueup.errors import ConfigError, ModelError
+from trueup.parity.evidence import ENGINE, REFERENCE, TRAINER
+from trueup.parity.grouping import Setting, arithmetic
+from trueup.parity.scorer import FP32, Scorer
+from trueup.parity.setting import NOISE_ROWS, Judged, SettingJudge, reference_rows, usable_rows
+from trueup.trace import TraceRow
+from trueup.weights.snapshot import MANIFEST_FILE, Manifest
+
+LIMITS_VOCABULARY = 49_152
+"""Vocabulary the smallest floor and bias were measured with; a plain log_softmax errs in proportion to its length."""
+
+
+@dataclass(kw_only=True)
+class Workbench:
+    """A scorer set up for the rows of one check, and what was wrong with them."""
+
+    check: CheckConfig
+    announce: Callable[[str], None]
+    scorer: Scorer
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, check: CheckConfig, announce: Callable[[str], None]) -> Workbench:
+        """Open the checkpoint. Raises ConfigError without one, ModelError when it or an older one cannot be read."""
+        if check.model is None:
+            raise ConfigError(
+                "check needs --model PATH (the trainer's checkpoint; `trueup model smollm2 DIR` makes one)"
+            )
+        checkpoints, versions = older_weights(check.checkpoints)
+        scorer = Scorer(
+            path=check.model, trainer=FP32, engine=FP32, batch_rows=check.batch_rows, device=check.device,
+            announce=announce, checkpoints=checkpoints, versions=versions,
+        )  # fmt: skip
+        return cls(check=check, announce=announce, scorer=scorer)
+
+    def set_precision(self, rows: Sequence[TraceRow]) -> None:
+        """Choose both sides' arithmetic from what the rows' engine declares. Raises TraceError when rows disagree."""
+        self.scorer.trainer, self.scorer.engine = arithmetic(self.check, rows, self.scorer.dtype())
+        for label in self.scorer.checkpoints:
+            self.scorer.tensors(label)
+
+    @property
+    def limits(self) -> LimitsConfig:
+        """The configured limits; the smallest floor and bias grow with the vocabulary."""
+        limits = self.check.limits
+        scale = max(1.0, self.scorer.model(self.scorer.trainer.body).vocab_size / LIMITS_VOCABULARY)
+        return limits.model_copy(update={n: scale * getattr(limits, n) for n in ("min_floor", "min_bias")})
+
+    def fit_for_model(self, settings: Sequence[Setting]) -> list[Setting]:
+        """Leave out, and report, rows the model cannot score. Raises ModelError when none is left."""
+        kept = []
+        for setting in settings:
+            reasons = {r.line: why for r in usable_rows(setting) if (why := self.scorer.unfit(r))}
+            self.problems += [f"line {line}: {why}; row left out" for line, why in reasons.items()]
+            rows = tuple(r for r in setting.rows if r.line not in reasons)
+            if rows:
+                kept.append(replace(setting, rows=rows))
+        if not kept:
+            raise ModelError(self.problems[-1].removesuffix("; row left out"))
+        return kept
+
+    def prefetch(self, settings: Sequence[Setting]) -> None:
+        """Run the forward passes of all settings precision by precision, so that each model is loaded once."""
+        rows = [r for s in settings for r in usable_rows(s)]
+        if not rows:
+            return
+        for source in (TRAINER, ENGINE):
+            self.scorer.states(source, rows)
+            self.scorer.head(source)
+        self.scorer.states(TRAINER, [r for s in settings for r in usable_rows(s)[:NOISE_ROWS]], batch_rows=1)
+        self.scorer.states(REFERENCE, [r for s in settings for r in reference_rows(self.scorer, usable_rows(s))])
+        self.scorer.head(REFERENCE)
+
+    def judge(self, setting: Setting, **knowledge: object) -> Judged:
+        """Judge one setting; see SettingJudge.judge."""
+        self.announce(f"judging {setting.case.label()}")
+        judged = SettingJudge(self.scorer, self.limits).judge(setting, **knowledge)  # type: ignore[arg-type]
+        if judged.note:
+            self.notes.append(judged.note)
+        return judged
+
+
+def older_weights(folders: Sequence[Path]) -> tuple[dict[str, Path], dict[int, str]]:
+    """Label older checkpoints, oldest first as given: ({label: folder}, {published version: label}).
+
+    Raises ConfigError for a folder that is not there or given twice.
+    """
+    labels: dict[str, Path] = {}
+    versions: dict[int, str] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(f"--checkpoints: {folder} does not exist")
+        label = folder.name if folder.name not in labels else str(folder)
+        if label in labels:
+            raise ConfigError(f"--checkpoints: {folder} is given twice")
+        labels[label] = folder
+        manifest = folder / MANIFEST_FILE
+        if manifest.is_file():
+            versions[Manifest.from_json(manifest.read_text(encoding="utf-8")).version] = label
+    return labels, versions
