@@ -55,8 +55,32 @@ class CheckConfig(_Section):
     batch_rows: int = Field(16, ge=1, description="rows a forward pass")
     max_rows: int | None = Field(None, ge=1, description="use at most this many rows of each sampling setting")
     against: str | None = Field(None, description="another trace, a report.json, or another engine's URL")
+    engine: tuple[str, ...] = Field((), description="URLs of running engines, replicas of one another")
+    token_file: Path | None = Field(None, description="holds the bearer token of the engine")
+    sampling: str = Field("", description="the run's own sampling, as temperature=0.7,top_p=0.9; nothing else is sent")
+    depth: Literal["quick", "full"] = Field("full", description="quick leaves probes out and lists them as untested")
+    prompts: int = Field(16, ge=2, le=256, description="prompts a setting")
+    tokens: int = Field(32, ge=4, le=4096, description="tokens a completion")
+    allow_updates: bool = Field(False, description="change the engine's weights and put them back")
+    request_timeout_s: float = Field(60.0, gt=0, le=3600, description="a request that takes longer has failed")
     checkpoints: tuple[Path, ...] = Field((), description="older weights of the model, oldest first: folders")
     limits: LimitsConfig = LimitsConfig()
+
+    @property
+    def sampling_fields(self) -> dict[str, float]:
+        """`sampling` as request fields. Raises ConfigError for what is no sampling field or no number."""
+        known = SamplingConfig.model_fields
+        fields: dict[str, float] = {}
+        for part in filter(None, (p.strip() for p in self.sampling.split(","))):
+            name, sign, text = part.partition("=")
+            if not sign or name.strip() not in known:
+                raise ConfigError(f"--sampling {part!r}: expected name=value{nearest(name.strip(), known)}")
+            try:
+                value = float(text)
+            except ValueError:
+                raise ConfigError(f"--sampling {part!r}: {text!r} is no number") from None
+            fields[name.strip()] = int(value) if name.strip() == "top_k" else value
+        return fields
 
 
 class SamplingConfig(_Section):

@@ -11,15 +11,19 @@ import torch
 
 from trueup.config import CheckConfig
 from trueup.errors import RecordError, TraceError
-from trueup.parity.evidence import Case
+from trueup.parity.evidence import EXACT, Case
+from trueup.parity.invariants import well_formed
 from trueup.parity.recipe import flag_of
-from trueup.parity.scorer import Arithmetic
-from trueup.trace import Trace, TraceRow
-from trueup.types import LogprobKind, parse_sampling
+from trueup.parity.scorer import Arithmetic, Scorer
+from trueup.policy.processing import Distribution
+from trueup.trace import EngineInfo, Trace, TraceRow
+from trueup.types import LogprobKind, SamplingParams, parse_sampling
 
 FIT_TOKENS = 320
 """Enough to tell candidates apart, few enough to scan temperatures quickly."""
 
+FLOAT32_NATS = 1e-3
+"""Rms below which an engine cannot be one of bf16 (0.03 and more) and may be one of float32 (below 1e-4)."""
 SHAPING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Fields that an engine may fill in from generation_config.json where a request is silent."""
 
@@ -85,6 +89,17 @@ def arithmetic(check: CheckConfig, rows: Sequence[TraceRow], checkpoint: torch.d
     trainer_body = body if check.dtype == "auto" else DTYPES[check.dtype]
     trainer_head = torch.float32 if trainer_body == torch.float32 else DTYPES[check.head]
     return Arithmetic(body=trainer_body, head=trainer_head), Arithmetic(body=body, head=engine_head)
+
+
+def looks_like_float32(scorer: Scorer, rows: Sequence[TraceRow]) -> bool:
+    """Whether an engine that does not say its dtype computes in float32: its raw numbers are that close to ours."""
+    usable = [r for r in rows if well_formed(r) and scorer.unfit(r) is None]
+    if not usable:
+        return False
+    evidence = scorer.evidence(Case(engine=EngineInfo(), sampling=SamplingParams(), trainer=LogprobKind.RAW), usable)
+    gap_T = evidence.scores(EXACT, Distribution()).logprobs_T.double() - evidence.tokens.engine_T
+    gap_T = gap_T[torch.isfinite(gap_T)]
+    return len(gap_T) > 0 and float(gap_T.square().mean().sqrt()) < FLOAT32_NATS
 
 
 def group(trace: Trace, kind: LogprobKind, problems: list[str]) -> list[Setting]:

@@ -88,6 +88,7 @@ class ParityReport:
     seconds: float
     against: dict[str, object] | None = None
     recipe: tuple[dict[str, str], ...] = field(default_factory=tuple)
+    probes: tuple[dict[str, object], ...] = field(default_factory=tuple)
 
     @property
     def verdict(self) -> str:
@@ -132,6 +133,7 @@ class ParityReport:
             "notes": list(self.notes),
             "problems": list(self.problems),
             "recipe": list(self.recipe),
+            "probes": list(self.probes),
             "against": self.against,
             "seconds": round(self.seconds, 1),
         }

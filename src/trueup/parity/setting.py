@@ -16,6 +16,7 @@ from trueup.parity.grouping import Setting, halves
 from trueup.parity.hypotheses import all_hypotheses
 from trueup.parity.invariants import INVARIANTS, broken_invariants, positive_logprobs, well_formed
 from trueup.parity.logged_trainer import describe, rows_with_trainer
+from trueup.parity.replicas import divide
 from trueup.parity.report import Cause, Points, SettingReport
 from trueup.parity.scorer import Scorer
 from trueup.policy.diagnostics import diagnose
@@ -72,7 +73,8 @@ class SettingJudge:
     def __init__(self, scorer: Scorer, limits: LimitsConfig) -> None:
         self.scorer, self.limits = scorer, limits
 
-    def _floor(self, setting: Setting, model: EngineModel) -> Floor:
+    def floor(self, setting: Setting, model: EngineModel) -> Floor:
+        """The floor under a model's distribution, from the setting's own tokens."""
         scorer = self.scorer
         rows = reference_rows(scorer, usable_rows(setting))
         evidence = scorer.evidence(setting.case, rows)
@@ -109,7 +111,7 @@ class SettingJudge:
 
         def floor_of(model: EngineModel) -> Floor:
             if model.dist not in floors:
-                floors[model.dist] = self._floor(setting, model)
+                floors[model.dist] = self.floor(setting, model)
             return floors[model.dist]
 
         verdict = judge(now.residual_T.masked_fill(~now.usable_T, torch.nan), now.row_T, floor_of(base), self.limits)
@@ -120,7 +122,11 @@ class SettingJudge:
         mismatch = enough and (bool(verdict.reasons) or wrong_edges or positive > 0)
         logged = rows_with_trainer(rows)
         note = describe(scorer.evidence(setting.case, logged), logged, floor_of(base).rms) if logged else None
-        first, second = halves(rows)
+        divided = divide(rows, now, floor_of(base), self.limits) if mismatch else None
+        if divided is not None:  # the good replicas have nothing to explain
+            broken = [divided.cause(), *broken]
+            odd = [r for r in rows if r.replica in divided.bad]
+        first, second = halves(rows if divided is None else odd)
         small = scorer.evidence(setting.case, screen(first, evidence, now))
         fit = replace(scorer.evidence(setting.case, first), whole=evidence, screen=replace(small, whole=evidence))
         held = replace(scorer.evidence(setting.case, second), whole=evidence) if len(rows) > 1 else fit

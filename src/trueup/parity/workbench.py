@@ -8,12 +8,12 @@ from pathlib import Path
 
 from trueup.config import CheckConfig, LimitsConfig
 from trueup.errors import ConfigError, ModelError
-from trueup.parity.evidence import ENGINE, REFERENCE, TRAINER
+from trueup.parity.evidence import ENGINE, REFERENCE, TRAINER, EngineModel
 from trueup.parity.grouping import Setting, arithmetic
 from trueup.parity.scorer import FP32, Scorer
 from trueup.parity.setting import NOISE_ROWS, Judged, SettingJudge, reference_rows, usable_rows
 from trueup.trace import TraceRow
-from trueup.weights.snapshot import MANIFEST_FILE, Manifest
+from trueup.weights.snapshot import MANIFEST_FILE, Manifest, manifest_of
 
 LIMITS_VOCABULARY = 49_152
 """Vocabulary the smallest floor and bias were measured with; a plain log_softmax errs in proportion to its length."""
@@ -80,6 +80,15 @@ class Workbench:
         self.scorer.states(TRAINER, [r for s in settings for r in usable_rows(s)[:NOISE_ROWS]], batch_rows=1)
         self.scorer.states(REFERENCE, [r for s in settings for r in reference_rows(self.scorer, usable_rows(s))])
         self.scorer.head(REFERENCE)
+
+    def manifest_digest(self) -> str:
+        """Digest that an engine which serves the trainer's weights reports, in the engine's precision."""
+        return manifest_of(0, self.scorer.model(self.scorer.engine.body).stored_tensors()).digest
+
+    def floor_rms(self, setting: Setting) -> float:
+        """The floor predicted for a setting, nats rms."""
+        base = EngineModel(dist=setting.case.trainer_distribution)
+        return SettingJudge(self.scorer, self.limits).floor(setting, base).rms
 
     def judge(self, setting: Setting, **knowledge: object) -> Judged:
         """Judge one setting; see SettingJudge.judge."""

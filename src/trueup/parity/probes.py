@@ -1,0 +1,126 @@
+"""Probes: the same request twice, with one thing changed. What differs between two answers is that thing's doing.
+
+Each probe returns a paired gap in nats over the tokens that both answers share, counted from the start; where the
+answers part, the token before which they had the same context is the last one compared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from trueup.engines.probe_http import Answer, Ask, ProbeClient
+from trueup.trace import TraceRow
+
+EXPLICIT = {
+    "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}  # fmt: skip
+"""Every shaping field at its neutral value, for requests that leave nothing to the engine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gap:
+    """How far two answers to the same requests are apart: rms and largest |difference| in nats, over `tokens`.
+
+    `parted` counts pairs that drew different tokens, `failed` pairs of which one did not come back.
+    """
+
+    tokens: int
+    rms: float
+    max_abs: float
+    parted: int
+    failed: int
+
+    def as_dict(self) -> dict[str, object]:
+        """Return plain numbers for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probed:
+    """A probe's outcome. `limit_rms` is what its gap was held against, nats; `text` says it in a line."""
+
+    name: str
+    gap: Gap | None
+    limit_rms: float
+    text: str
+
+    @property
+    def differs(self) -> bool:
+        """Whether the changed thing made a difference beyond the limit."""
+        return self.gap is not None and self.gap.tokens > 0 and self.gap.rms > self.limit_rms
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the JSON form."""
+        return {
+            "name": self.name,
+            "gap": None if self.gap is None else self.gap.as_dict(),
+            "limit_rms": self.limit_rms,
+            "differs": self.differs,
+            "text": self.text,
+        }
+
+
+def paired(first: Sequence[Answer], second: Sequence[Answer]) -> Gap:
+    """Compare answers pair by pair over their common beginning."""
+    squares: list[float] = []
+    parted = failed = 0
+    for one, other in zip(first, second, strict=True):
+        if one.error or other.error:
+            failed += 1
+            continue
+        for token, (mine, theirs) in enumerate(zip(one.ids, other.ids, strict=False)):
+            if mine != theirs:
+                parted += 1
+                break
+            if token < min(len(one.logprobs), len(other.logprobs)):
+                difference = one.logprobs[token] - other.logprobs[token]
+                squares.append(difference**2 if math.isfinite(difference) else math.inf)
+    rms = math.sqrt(sum(squares) / len(squares)) if squares else 0.0
+    return Gap(tokens=len(squares), rms=rms, max_abs=math.sqrt(max(squares, default=0.0)), parted=parted, failed=failed)
+
+
+def outcome(name: str, gap: Gap, limit_rms: float, words: str) -> Probed:
+    """Name a gap and put it into words."""
+    if not gap.tokens:
+        text = f"{words}: nothing to compare ({gap.parted} parted at once, {gap.failed} failed)"
+    else:
+        text = f"{words}: rms {gap.rms:.2g} nats over {gap.tokens} tokens (limit {limit_rms:.2g})"
+    return Probed(name=name, gap=gap, limit_rms=limit_rms, text=text)
+
+
+def asks_of(
+    prompts: Sequence[tuple[int, ...]], sampling: dict[str, object], *, max_tokens: int, salt: str | None = None
+) -> list[Ask]:
+    """One request a prompt, seeded by its place."""
+    return [
+        Ask(prompt=p, sampling=sampling, seed=1000 + i, max_tokens=max_tokens, salt=salt) for i, p in enumerate(prompts)
+    ]
+
+
+def scored(client: ProbeClient, rows: Sequence[TraceRow], *, together: bool) -> list[Answer]:
+    """The engine's own raw scores of rows it generated."""
+    return client.score([(r.prompt_token_ids, r.completion_token_ids) for r in rows], together=together)
+
+
+def cached_against_fresh(
+    client: ProbeClient, prompt: tuple[int, ...], *, limit_rms: float, salt: str, warm: bool = True
+) -> Probed:
+    """A prompt from the cache against the same prompt under a salt of its own.
+
+    With `warm` it is asked for once before, so that it is in the cache; without, whatever is cached is used.
+    """
+    sampling: dict[str, object] = {"temperature": 1.0}
+    shared = [Ask(prompt=prompt, sampling=sampling, seed=7 + i, max_tokens=8) for i in range(3)]
+    fresh = [
+        Ask(prompt=a.prompt, sampling=sampling, seed=a.seed, max_tokens=8, salt=f"{salt}-{a.seed}") for a in shared
+    ]
+    if warm:
+        client.generate(shared[:1], together=False)
+    from_cache = client.generate(shared, together=False)
+    computed = client.generate(fresh, together=False)
+    hits = [a.cached_tokens for a in from_cache if a.cached_tokens is not None]
+    words = "cached prompt against the same under a fresh salt" + (f" ({max(hits)} tokens cached)" if hits else "")
+    return outcome("cache", paired(from_cache, computed), limit_rms, words)

@@ -1,0 +1,50 @@
+"""Are all replicas of an engine alike? W9: some are within the floor while others are not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from trueup.config import LimitsConfig
+from trueup.parity.compare import Residual
+from trueup.parity.floor import Floor, judge
+from trueup.parity.report import Cause
+from trueup.trace import TraceRow
+
+
+@dataclass(frozen=True, kw_only=True)
+class Divided:
+    """Replicas within the floor and beyond it."""
+
+    good: tuple[str, ...]
+    bad: tuple[str, ...]
+    rms: dict[str, float]
+
+    def cause(self) -> Cause:
+        """W9, with the numbers."""
+        numbers = ", ".join(f"{name} rms {self.rms[name]:.3g}" for name in (*self.bad, *self.good))
+        return Cause(
+            id="W9", layer="weights", title="a replica serves something else than the others do", confidence="high",
+            explained=None, fix="wait for every replica's confirmed version before rollouts go on; restart the odd one",
+            evidence=f"{', '.join(self.bad)} off, {', '.join(self.good)} within the floor ({numbers} nats)",
+        )  # fmt: skip
+
+
+def divide(rows: Sequence[TraceRow], now: Residual, floor: Floor, limits: LimitsConfig) -> Divided | None:
+    """Judge each replica apart; None unless some are good and some are not."""
+    names = [r.replica or "" for r in rows]
+    if len(set(names)) < 2:
+        return None
+    good: list[str] = []
+    bad: list[str] = []
+    rms: dict[str, float] = {}
+    for name in dict.fromkeys(names):
+        own = torch.tensor([i for i, n in enumerate(names) if n == name])
+        inside_T = torch.isin(now.row_T, own) & now.usable_T
+        share = limits.model_copy(update={"min_tokens": max(1, limits.min_tokens // 4)})
+        verdict = judge(now.residual_T.masked_fill(~inside_T, torch.nan), now.row_T, floor, share)
+        rms[name] = verdict.rms
+        (good if verdict.within else bad).append(name)
+    return Divided(good=tuple(good), bad=tuple(bad), rms=rms) if good and bad else None

@@ -1,0 +1,224 @@
+"""Probes that change the engine's weights and put them back: only with --allow-updates, on a server of one's own.
+
+The same weights again must move nothing (W4). Weights that differ in every tensor must be found again in the engine's
+scores, in all of them: what was left behind is found as it is from older checkpoints (W1, W3, W15). A prompt cached
+before must not be answered from the cache after (W12), given that cached and fresh agreed before.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trueup.config import CheckConfig
+from trueup.engines.probe_http import Answer, ProbeClient
+from trueup.errors import TrueupError
+from trueup.parity.grouping import group
+from trueup.parity.probes import Probed, asks_of, cached_against_fresh, outcome, paired, scored
+from trueup.parity.prompts import Prompts
+from trueup.parity.report import Cause
+from trueup.parity.verdicts import SAMPLING_ONLY
+from trueup.parity.workbench import Workbench
+from trueup.trace import Trace, TraceRow
+from trueup.types import LogprobKind
+from trueup.weights.store import WeightStore
+
+CANARY_PROMPTS = 8
+CANARY_TOKENS = 24
+NOISE = 0.05
+"""Of a tensor's own spread: visible in every group, far from breaking the model."""
+UPDATE_TIMEOUT_S = 120.0
+NEEDS = ("W1", "W2", "W3", "W4", "W12", "W15")
+
+
+@dataclass(kw_only=True)
+class UpdateOutcome:
+    """What the updates showed."""
+
+    probes: list[Probed] = field(default_factory=list)
+    causes: list[Cause] = field(default_factory=list)
+    not_there: set[str] = field(default_factory=set)
+    missing: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+class UpdateProbe:
+    """One round of updates on one engine."""
+
+    def __init__(
+        self, bench: Workbench, client: ProbeClient, prompts: Prompts, *, floor: float, limit_rms: float
+    ) -> None:
+        self.bench, self.client, self.prompts = bench, client, prompts
+        self.floor, self.limit_rms = floor, limit_rms
+        self.found = UpdateOutcome()
+        self.published: list[int] = []
+
+    def run(self, progress: Callable[[str, float], None]) -> UpdateOutcome:
+        """Update, compare, restore: the engine's weights are put back on every way out, and the outcome says so."""
+        if (why := self._refused()) is not None:
+            self.found.missing |= dict.fromkeys(NEEDS, why)
+            return self.found
+        folder = self.client.facts.weights_folder
+        assert folder is not None
+        self.store = WeightStore(Path(folder))
+        model = self.bench.scorer.model(self.bench.scorer.engine.body)
+        self.original = {n: t.detach().clone() for n, t in model.stored_tensors().items()}
+        rows = self._canary_rows()
+        before = scored(self.client, rows, together=True)
+        control = self._cached("before", warm=True)
+        try:
+            progress("updating with the same weights", 0.75)
+            self._update(self.original)
+            again = scored(self.client, rows, together=True)
+            same = outcome(
+                "no-op update", paired(before, again), self.limit_rms, "scores before and after the same weights"
+            )
+            self.found.probes.append(same)
+            progress("updating with other weights", 0.8)
+            other = _perturbed(self.original)
+            version = self._update(other)
+            if not self._named_after_no_op(same):
+                self._judge_perturbed(rows, version)
+            self._stale_cache(control)
+        finally:
+            progress("restoring the weights", 0.95)
+            self._restore(rows, before)
+        return self.found
+
+    def _refused(self) -> str | None:
+        facts = self.client.facts
+        if facts.kind != "trueup":
+            return "this version of trueup updates servers of its own kind only"
+        if not facts.weights_folder or not Path(facts.weights_folder).is_dir():
+            return "the server takes no weights from a folder on this machine (trueup serve --weights FOLDER)"
+        if facts.digest != self.bench.manifest_digest():
+            return "the server's weights are not the trainer's: they could not be put back"
+        return None
+
+    def _canary_rows(self) -> list[TraceRow]:
+        asks = asks_of(self.prompts.ordinary[:CANARY_PROMPTS], {"temperature": 1.0}, max_tokens=CANARY_TOKENS)
+        answers = self.client.generate(asks, together=True)
+        return [
+            TraceRow(
+                line=i, engine=self.client.facts.info, sampling={"temperature": 1.0}, prompt_token_ids=a.prompt,
+                completion_token_ids=b.ids, completion_logprobs=b.logprobs,
+            )
+            for i, (a, b) in enumerate(zip(asks, answers, strict=True), 1) if b.error is None
+        ]  # fmt: skip
+
+    def _update(self, tensors: Mapping[str, Tensor], *, clear_cache: bool = False) -> int:
+        """Publish and load a version; return its number. Raises EngineError."""
+        status = self.client.http.get("/control/status")
+        version = max([int(status["version"]), *self.store.versions()]) + 1
+        snapshot = self.store.publish(version, tensors)
+        self.published.append(version)
+        body = {"path": str(snapshot.path), "clear_cache": clear_cache}
+        self.client.http.post("/control/update_weights", body, timeout_s=UPDATE_TIMEOUT_S)
+        return version
+
+    def _named_after_no_op(self, same: Probed) -> bool:
+        if not same.differs:
+            self.found.not_there.add("W4")
+            return False
+        self.found.causes.append(
+            Cause(
+                id="W4", layer="weights", title="loading the same weights again changes the engine", confidence="high",
+                explained=None, fix="reload from the checkpoint's own layout, never from what an earlier load repacked",
+                evidence=same.text,
+            )
+        )  # fmt: skip
+        return True
+
+    def _judge_perturbed(self, rows: list[TraceRow], version: int) -> None:
+        """Score the canary under the new weights; whatever does not fit is searched for among old and new."""
+        answers = scored(self.client, rows, together=True)
+        now = [
+            replace(r, completion_logprobs=a.logprobs) for r, a in zip(rows, answers, strict=True) if a.error is None
+        ]
+        assert self.bench.check.model is not None
+        with tempfile.TemporaryDirectory(prefix="trueup-check-") as place:
+            model = _checkpoint(Path(place) / "new", self.bench.check.model, self.store.folder(version))
+            check: CheckConfig = self.bench.check.model_copy(
+                update={"model": model, "checkpoints": (self.bench.check.model,), "dtype": "auto"}
+            )
+            bench = Workbench.of(check, self.bench.announce)
+            bench.set_precision(now)
+            trace = Trace(path=model, rows=tuple(now), problems=())
+            setting = group(trace, LogprobKind.RAW, [])[0]
+            setting = replace(setting, case=replace(setting.case, tag=" [after an update of every tensor]"))
+            judged = bench.judge(setting, excluded=SAMPLING_ONLY)
+        report = judged.report
+        weights = [replace(c, settings=()) for c in report.causes if c.layer == "weights"]
+        self.found.causes += weights
+        if report.verdict == "mismatch" and not weights:
+            self.found.notes.append(f"after an update of every tensor the engine fits neither weights: {report.why}")
+        if report.verdict == "agree":
+            self.found.not_there |= {"W1", "W2", "W3", "W15"}
+        text = f"scores after an update of every tensor against the trainer's: {report.why}"
+        self.found.probes.append(Probed(name="other weights", gap=None, limit_rms=self.floor, text=text))
+
+    def _cached(self, when: str, *, warm: bool) -> Probed:
+        probe = cached_against_fresh(
+            self.client, self.prompts.long, limit_rms=self.limit_rms, salt=f"{when}-{time.time_ns()}", warm=warm
+        )
+        return replace(probe, name=f"cache {when} the update")
+
+    def _stale_cache(self, control: Probed) -> None:
+        after = self._cached("after", warm=False)
+        self.found.probes += [control, after]
+        if control.differs or not after.differs:
+            self.found.not_there |= set() if control.differs else {"W12"}
+            return
+        self.found.causes.append(
+            Cause(
+                id="W12", layer="weights", title="cached prompts outlive the weights that computed them",
+                confidence="high", explained=None,
+                fix="--no-enable-prefix-caching, clear the cache at each update, or salt requests with the version",
+                evidence=f"after an update: {after.text}; before it: {control.text}",
+            )
+        )  # fmt: skip
+
+    def _restore(self, rows: list[TraceRow], before: Sequence[Answer]) -> None:
+        """Put the original weights back and compare the canary with what it was."""
+        try:
+            version = self._update(self.original, clear_cache=True)
+            gap = paired(before, scored(self.client, rows, together=True))
+        except TrueupError as error:
+            self.found.notes.append(f"THE WEIGHTS WERE NOT RESTORED: {error}")
+            raise
+        verified = gap.tokens > 0 and gap.rms <= self.limit_rms
+        state = "restored and verified" if verified else f"sent back, but scores differ by rms {gap.rms:.2g} nats"
+        self.found.notes.append(f"the engine's weights were {state}; it serves them as version {version}")
+        for number in self.published[:-1]:
+            shutil.rmtree(self.store.folder(number), ignore_errors=True)
+
+
+def _perturbed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every tensor a little different, the same way each time."""
+    generator = torch.Generator().manual_seed(0)
+    changed = {}
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            changed[name] = tensor
+            continue
+        spread = float(tensor.float().std().nan_to_num(0.0)) or float(tensor.float().abs().mean()) or 1.0
+        noise = torch.randn(tensor.shape, generator=generator) * max(spread, 0.02) * NOISE
+        changed[name] = (tensor.float() + noise).to(tensor.dtype)
+    return changed
+
+
+def _checkpoint(target: Path, model: Path, version: Path) -> Path:
+    """A Hugging Face folder with the configuration of one and the weights of another."""
+    target.mkdir()
+    for file in model.iterdir():
+        if file.is_file() and file.suffix != ".safetensors" and not file.name.endswith(".index.json"):
+            shutil.copy(file, target / file.name)
+    (target / "model.safetensors").symlink_to((version / "model.safetensors").absolute())
+    return target

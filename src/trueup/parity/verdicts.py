@@ -1,0 +1,138 @@
+"""From probes to causes: which difference is whose doing, and which findings of a setting it makes void."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from trueup.engines.probe_http import EngineFacts
+from trueup.errors import TrueupError
+from trueup.model.load import checkpoint_digest
+from trueup.parity.probes import Probed
+from trueup.parity.report import Cause, SettingReport
+from trueup.parity.workbench import Workbench
+
+SAMPLING_ONLY = frozenset({"S1", "S2", "S3", "S4", "S5", "S6", "S7", "T7", "W10", "W11", "O7"})
+"""Causes that cannot show in the engine's scores of given tokens: nothing is sampled there."""
+ENGINE_IS_RIGHT = frozenset(
+    {"T3", "T4", "T5", "T9", "W1", "W2", "W3", "W5", "W15", "W16", "I1", "I2", "I6", "I8", "I9", "I12", "I14"}
+)
+"""Causes that would show in the engine's scores of given tokens: scores that agree rule them out."""
+VOIDING = {"I3", "I4", "I15"}
+NOT_A_NUMBER = re.compile(r"\bnan\b|not finite|infinit|out of range float", re.IGNORECASE)
+FACTOR = 2.0
+"""A probe that changes one factor must move the numbers this much more than changing nothing does."""
+
+
+def _cause(cause_id: str, layer: str, title: str, fix: str, evidence: str, **rest: object) -> Cause:
+    values: dict[str, object] = {"confidence": "high", "explained": None} | rest
+    return Cause(id=cause_id, layer=layer, title=title, fix=fix, evidence=evidence, **values)  # type: ignore[arg-type]
+
+
+def not_finite(errors: Sequence[str], requests: int) -> Cause | None:
+    """I11 if requests failed over numbers that are none."""
+    found = [e for e in errors if NOT_A_NUMBER.search(e)]
+    if not found:
+        return None
+    return _cause(
+        "I11", "inference", "engine reports logprobs that are not finite",
+        "find the NaN or infinity in the engine (weights after an update, overflow in fp16); do not fill it in",
+        f"{len(found)} of {requests} requests failed over it: {found[0]}",
+    )  # fmt: skip
+
+
+def self_consistency(repeat: Probed, batch: Probed) -> list[Cause]:
+    """I15 if the same request differs from itself, I3 if being in a batch makes more of a difference than that."""
+    assert repeat.gap is not None and batch.gap is not None
+    if repeat.differs:
+        return [
+            _cause(
+                "I15", "inference", "the engine answers the same request differently",
+                "turn on the engine's deterministic mode; a mismatch cannot be attributed below this noise",
+                repeat.text,
+            )
+        ]  # fmt: skip
+    if batch.differs and batch.gap.rms > FACTOR * repeat.gap.rms:
+        return [
+            _cause(
+                "I3", "inference", "a request's numbers depend on what else is in its batch",
+                "batch-invariant kernels (VLLM_BATCH_INVARIANT=1), or one batch size",
+                f"{batch.text}; repeated alone: {repeat.gap.rms:.2g}",
+            )
+        ]  # fmt: skip
+    return []
+
+
+def generation_against_scoring(reports: Sequence[SettingReport], causes: Sequence[Cause]) -> Cause | None:
+    """I4 if the engine's scores fit the trainer, what it reported at T=1 for the same tokens does not, and nothing else
+    explains that."""
+    scoring = next((r for r in reports if "scores]" in r.label), None)
+    plain = next((r for r in reports if r.label == "temperature=1"), None)
+    if scoring is None or plain is None or scoring.verdict != "agree" or plain.verdict != "mismatch":
+        return None
+    known = [c for c in plain.causes if c.confidence == "high"]
+    if known or {c.id for c in causes} & VOIDING:
+        return None
+    far, near = plain.gap.get("mean_abs"), scoring.gap.get("mean_abs")
+    share = 1 - near / far if isinstance(far, float) and isinstance(near, float) and far else None
+    return _cause(
+        "I4", "inference", "decoding computes something else than scoring the same tokens does",
+        "compare the decode kernel with prefill: --enforce-eager, no chunked prefill, another attention backend",
+        f"same tokens at T=1: generated, mean |r| {far:.3g}; scored by the same engine, {near:.3g}, within the floor",
+        explained=share, settings=(plain.label,),
+    )  # fmt: skip
+
+
+def settle(reports: Sequence[SettingReport], causes: Sequence[Cause]) -> list[SettingReport]:
+    """Where a probe has shown why numbers move, guesses from those numbers are dropped."""
+    if not {c.id for c in causes} & VOIDING:
+        return list(reports)
+    return [
+        replace(r, causes=tuple(c for c in r.causes if c.confidence == "high"), unexplained=None, ambiguous=())
+        for r in reports
+    ]
+
+
+def cached(probe: Probed, causes: Sequence[Cause], *, updated: bool) -> list[Cause]:
+    """I5 if a cached prompt and a fresh one differ; on a server that was updated before it may as well be W12."""
+    if not probe.differs or {c.id for c in causes} & {"I15"}:
+        return []
+    doubt = "; the server was updated before, so stale weights (W12) are possible: --allow-updates separates them"
+    return [
+        _cause(
+            "I5", "inference", "a cached prompt computes something else than a fresh one",
+            "--no-enable-prefix-caching, or disable cascade attention; compare the dtype of cached keys and values",
+            probe.text + (doubt if updated else ", without any update"), confidence="low" if updated else "high",
+        )
+    ]  # fmt: skip
+
+
+def served_weights(facts: EngineFacts, bench: Workbench, reports: Sequence[SettingReport]) -> Cause | None:
+    """W16 if the server names other weights than the trainer's and the numbers do not fit either."""
+    if not any(r.unexplained for r in reports) or any(c.layer == "weights" for r in reports for c in r.causes):
+        return None
+    declared = None
+    if facts.digest is not None and facts.digest != bench.manifest_digest():
+        declared = (
+            f"the server says it serves weights {facts.digest[:12]}, the trainer's are {bench.manifest_digest()[:12]}"
+        )
+    elif facts.root is not None and (other := _digest_of(facts.root)) not in (None, bench.scorer.digest()):
+        ours = bench.scorer.digest()[:12]
+        declared = f"the server says it serves {facts.root} (weights {other!s:.12}), the trainer has {ours}"
+    if declared is None:
+        return None
+    return _cause(
+        "W16", "weights", "the engine served another checkpoint than the trainer's",
+        "serve the checkpoint the trainer starts from (path, revision, dtype)",
+        f"{declared}, and the numbers do not fit",
+    )  # fmt: skip
+
+
+def _digest_of(folder: str) -> str | None:
+    from pathlib import Path
+
+    try:
+        return checkpoint_digest(Path(folder))
+    except TrueupError:
+        return None
