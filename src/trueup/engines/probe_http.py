@@ -200,7 +200,7 @@ def _read_completion(content: Any, url: str) -> Answer:
     except (KeyError, IndexError, TypeError, AttributeError):
         raise EngineError(f"{url} answered with something that is no completion") from None
     if choice.get("finish_reason") == "error":
-        raise EngineError(f"{url}: the completion failed: {(choice.get('rollout') or {}).get('failure', 'no reason')}")
+        raise EngineError(f"{url}: the completion failed: {choice.get('error', 'no reason given')}")
     if ids is None and names and all(str(name).startswith(TOKEN_PREFIX) for name in names):
         ids = [int(str(name).removeprefix(TOKEN_PREFIX)) for name in names]
     if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):

@@ -136,12 +136,13 @@ ROUNDINGS: dict[str, tuple[str, Callable[[LoadedModel, ExitStack], None]]] = {
 
 @contextmanager
 def simulate(model: LoadedModel, name: str, value: float = 0.0) -> Iterator[None]:
-    """Patch a float32 model so that it computes as `name` of ROUNDINGS or ALTERATIONS says; undone on exit.
+    """Patch a model so that it computes as `name` of ROUNDINGS or ALTERATIONS says; undone on exit.
 
-    Raises ModelError for another dtype or an architecture the patch does not know.
+    Roundings are imitated in float32. Raises ModelError for another dtype then, and for an architecture the patch does
+    not know.
     """
-    if model.dtype != torch.float32:
-        raise ModelError("simulations patch a float32 body")
+    if name in ROUNDINGS and model.dtype != torch.float32:
+        raise ModelError("roundings are imitated in a float32 body")
     with ExitStack() as stack:
         if name in ALTERATIONS:
             ALTERATIONS[name][1](model, stack, value)

@@ -25,11 +25,16 @@ COMPLETE_SHARE = 0.25
 """A cause that brings the gap to the floor must still take away this share (a small bias hides in a wide floor)."""
 TRACKING_CORRELATION = 0.95
 """Correlation of predicted and reported logprobs below which an incomplete explanation explains nothing."""
-NUMERIC_FACTOR = 30.0
-"""Beyond this many floors a gap is not rounding, and no arithmetic is simulated for it."""
+COSTLY_SHARE = 0.9
+"""The same for a cause with a number that is fitted: many a smooth error looks like half of another."""
+NUMERIC_NATS = 1.0
+"""Beyond this rms a gap is not rounding, and no rounding is simulated for it."""
 EDGE_ALLOWANCE = 0.02
-REFINE_ROUNDS = 16
-FINEST_STEP = 1 / 64
+TWINS = ("S4", "S6")
+"""At T=1 an engine that ignores truncation or penalties reports what a raw one does; which of them it is shows at any
+other temperature."""
+REFINE_ROUNDS = 24
+FINEST_STEP = 1 / 256
 REFINE_GAIN = 0.002
 """A round of refinement that takes away less than this share of the loss is followed by one with half the step."""
 PROMISING = 0.95
@@ -100,6 +105,7 @@ class Attributor:
         self.impossible: set[Source] = set()
         self.seen: set[EngineModel] = set()
         self.hopeless: set[str] = set()
+        self.twins: dict[EngineModel, set[str]] = {}
         self.searched = False
 
     def held_residual(self, model: EngineModel) -> Residual:
@@ -180,6 +186,8 @@ class Attributor:
     def _candidate(
         self, evidence: Evidence, start: _Candidate, hypothesis: Hypothesis, variant: Variant
     ) -> _Candidate | None:
+        if variant.model in self.seen and hypothesis.id in TWINS:
+            self.twins.setdefault(variant.model, set()).add(hypothesis.id)
         if variant.model in self.seen or variant.model.source in self.impossible:
             return None
         self.seen.add(variant.model)
@@ -215,7 +223,7 @@ class Attributor:
         if not mismatch:
             return self._conclude(self.start, singles)
         if given is not None and (best := self._from(given)) is not None:
-            return self._conclude(best, singles)
+            return self._conclude(best, [])
         improving = [c for c in singles if c.fit_loss < 0.95 * self.start.fit_loss][:BEAM]
         best = self._choose(improving, complete=True)
         pairs: list[_Candidate] = []
@@ -234,8 +242,13 @@ class Attributor:
         model = replace(self.base, source=given.model.source)
         edits = tuple(_Edit(hypothesis=f.hypothesis, detail=f.detail, after=model) for f in given.findings)
         carried = _Candidate(model=model, path=edits, fit_loss=self._fit_loss(model))
-        on_top = self._expand(carried, self.cheap)[:BEAM]
+        if self.held_judgement(model).within:
+            return carried
+        on_top = [c for c in self._expand(carried, self.cheap)[:BEAM] if self._takes_away(c, model)]
         return self._choose([carried, *on_top], complete=True) or self._choose([carried, *on_top], complete=False)
+
+    def _takes_away(self, candidate: _Candidate, ground: EngineModel) -> bool:
+        return self.held_loss(candidate.model) < (1 - COMPLETE_SHARE) * self.held_loss(ground)
 
     def _search_costly(
         self, improving: Sequence[_Candidate], pairs: Sequence[_Candidate]
@@ -255,7 +268,7 @@ class Attributor:
 
     def _numeric(self, candidate: _Candidate) -> bool:
         """Whether what a candidate leaves is small enough for rounding to be worth simulating."""
-        return self.held_judgement(candidate.model).rms < NUMERIC_FACTOR * self.floor_of(candidate.model).rms
+        return self.held_judgement(candidate.model).rms < NUMERIC_NATS
 
     def _choose(self, candidates: Sequence[_Candidate], *, complete: bool) -> _Candidate | None:
         """Best candidate that explains enough of the gap, each of whose edits is needed.
@@ -263,16 +276,22 @@ class Attributor:
         With `complete` its held-back residual must be at the floor; without, it must explain PARTIAL_SHARE.
         """
         before = self.held_loss(self.base)
-        share = COMPLETE_SHARE if complete else PARTIAL_SHARE
+
+        def share(candidate: _Candidate) -> float:
+            fitted = any(e.hypothesis.simulates and not e.hypothesis.numeric for e in candidate.path)
+            return COMPLETE_SHARE if complete else COSTLY_SHARE if fitted else PARTIAL_SHARE
+
         kept = [
             c
             for c in candidates
-            if self.held_loss(c.model) < (1 - share) * before
+            if self.held_loss(c.model) < (1 - share(c)) * before
             and (self.held_judgement(c.model).within if complete else self._tracks(c))
             and self._needed(c)
         ]
         if not kept:
             return None
+        alone = [c for c in kept if len(c.path) == 1 and self.held_loss(c.model) < (1 - COSTLY_SHARE) * before]
+        kept = alone or kept
         best = min(kept, key=lambda c: self.held_loss(c.model))
         tied = [c for c in kept if not self._clearly_worse(c, best)]
         return min(tied, key=lambda c: (len(c.path), [self.order.index(e.hypothesis.id) for e in c.path]))
@@ -317,7 +336,9 @@ class Attributor:
                 unseeable[hypothesis.id] = "its effect here would be smaller than the noise floor"
             elif best.path and self.held_judgement(candidate.model).within:
                 rivals.append(hypothesis.id)
-        ambiguous = ((*(e.hypothesis.id for e in best.path), *rivals),) if rivals else ()
+        named = tuple(e.hypothesis.id for e in best.path)
+        twins = sorted(self.twins.get(best.model, set()) - set(named)) if named else []
+        ambiguous = ((*named, *rivals, *twins),) if rivals or twins else ()
         return Attribution(
             findings=self._findings(best, complete=verdict.within, ambiguous=bool(rivals)),
             model=best.model,

@@ -12,11 +12,13 @@ from trueup.parity.hypotheses import Variant
 
 EXPECTED_OFTEN = 6.0
 """An id that is expected so often and never drawn is forbidden, with odds of 400 to 1 each."""
-OFFSET_NATS = 0.25
-OCCURRENCES = 2
+OFFSET_NATS = 0.15
+SLACK = 0.1
 BIASES = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
+CANDIDATES = 8
 SHOWN = 4
 MAX_IDS = 64
+MAX_FAVOURED = 16
 
 
 def _words(ids: tuple[int, ...], bias: float) -> str:
@@ -44,28 +46,39 @@ def bias_variants(evidence: Evidence, model: EngineModel) -> list[Variant]:
             found.append(_variant(model, ids, -math.inf))
     residual_T = render(whole, model) - whole.tokens.engine_T
     for sign in (1, -1):
-        ids = _constantly_off(whole, residual_T, sign)
-        if 0 < len(ids) <= MAX_IDS:
+        ids = _favoured(whole, sign * residual_T)
+        if 0 < len(ids) <= MAX_FAVOURED:
             found += [_variant(model, ids, sign * b) for b in BIASES]
     return found
 
 
-def _constantly_off(evidence: Evidence, residual_T: torch.Tensor, sign: int) -> tuple[int, ...]:
-    """Ids whose every occurrence is off by OFFSET_NATS in one direction: the engine's number is too high (sign +1)."""
+def _favoured(evidence: Evidence, residual_T: torch.Tensor) -> tuple[int, ...]:
+    """Ids for which the engine's number is higher than the trainer's at every occurrence, and by OFFSET_NATS on
+    average: a positive bias raises those and lowers all others. For a negative one the residual comes negated."""
     targets_T = evidence.tokens.targets_T
-    usual = float(residual_T[torch.isfinite(residual_T)].median()) if bool(torch.isfinite(residual_T).any()) else 0.0
-    off_T = sign * (residual_T - usual) < -OFFSET_NATS
-    ids, counts = torch.unique(targets_T, return_counts=True)
-    always = [
-        int(i) for i, n in zip(ids, counts, strict=True) if n >= OCCURRENCES and bool(off_T[targets_T == i].all())
-    ]
-    return tuple(always)
+    off_T = residual_T.nan_to_num(math.inf, posinf=math.inf, neginf=math.inf)
+    ids = torch.unique(targets_T).tolist()
+    return tuple(
+        i
+        for i in ids
+        if float(off_T[targets_T == i].mean()) < -OFFSET_NATS and float(off_T[targets_T == i].max()) < SLACK
+    )
 
 
 def closer_bias(evidence: Evidence, variant: Variant, step: float) -> list[Variant]:
-    """Neighbours of a fitted bias; nothing for penalties or forbidden ids."""
-    if variant.model.bias is None or math.isinf(variant.model.bias[1]):
+    """Neighbours of a fitted bias; for forbidden ids, one more that was never drawn or one fewer."""
+    if variant.model.bias is None:
         return []
     ids, bias = variant.model.bias
-    near = (round(bias + sign * step / 2, 4) for sign in (-1, 1))
-    return [_variant(variant.model, ids, b) for b in near if b]
+    if not math.isinf(bias):
+        near = (round(bias + sign * step / 2, 4) for sign in (-1, 1))
+        return [_variant(variant.model, ids, b) for b in near if b]
+    if step < 1:
+        return []
+    whole = evidence.everything
+    drawn = set(whole.tokens.targets_T.tolist())
+    expected_V = whole.expected()
+    others = [int(i) for i in expected_V.argsort(descending=True)[:MAX_IDS] if int(i) not in drawn | set(ids)]
+    changed = [tuple(sorted({*ids, i})) for i in others[:CANDIDATES]]
+    changed += [tuple(i for i in ids if i != gone) for gone in ids] if 1 < len(ids) <= CANDIDATES else []
+    return [_variant(variant.model, c, bias) for c in changed]

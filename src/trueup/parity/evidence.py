@@ -35,7 +35,7 @@ class Source:
     """Whose logits: a precision of the trainer's checkpoint, or that checkpoint with one thing changed.
 
     `precision`: "trainer", "engine" (as it declares), "reference" (the next higher one) or "exact" (float32, for
-    everything that is changed). `simulation`: (name, parameter) of model/simulate.py. `context`: what was done to the
+    most of what is changed). `simulation`: (name, parameter) of model/simulate.py. `context`: what was done to the
     prompt. `weights`: (label, pattern), other weights for the tensors whose name the pattern matches; label "stamped"
     takes each token's own stamped version. `head`: another head.
     """

@@ -18,7 +18,8 @@ class Facts:
 
     `checkpoints`: labels of older weights, oldest first. `stamped`: whether stamped versions can be told apart by
     those. `contexts`: what could have been done to the prompts. `generation`: sampling defaults of
-    generation_config.json. `tensor_kinds`: last names of weight matrices, e.g. "q_proj". `bf16_head`: the trainer or
+    generation_config.json. `tensor_kinds`: last names of tensors, e.g. "q_proj", an
+    untied head left out. `bf16_head`: the trainer or
     the engine as declared multiplies its head in bfloat16.
     """
 
@@ -42,7 +43,9 @@ def facts_of(
     rope = getattr(config, "rope_parameters", None) or {}
     theta = rope.get("rope_theta") if isinstance(rope, dict) else None
     eos = getattr(config, "eos_token_id", None)
-    kinds = dict.fromkeys(_kind(name) for name, tensor in model.stored_tensors().items() if tensor.ndim)
+    stored = model.stored_tensors().items()
+    head = set() if model.tied else {n for n, t in stored if t.data_ptr() == model.weight_VD.data_ptr()}
+    kinds = dict.fromkeys(_kind(name) for name, tensor in stored if tensor.ndim and name not in head)
     return Facts(
         checkpoints=checkpoints,
         stamped=stamped,

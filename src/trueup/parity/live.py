@@ -1,8 +1,8 @@
 """`trueup check --engine URL`: ask a running engine, one factor at a time, and judge its answers.
 
 The order is that of a migration study: invariants, what the number means, which tokens, which weights, which
-arithmetic, then the trainer itself. Scoring given tokens comes before generation: if the engine's own scores fit the trainer,
-weights and arithmetic are right, and whatever is wrong with its rollouts is in how they are made or reported.
+arithmetic, then the trainer itself. Scoring given tokens comes before generation: if the engine's own scores fit the
+trainer, weights and arithmetic are right, and whatever is wrong with its rollouts is in how they are made or reported.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class LiveCheck:
         self._explicit_against_omitted(prompts, settings[-1], answers[str(settings[-1])], floor)
         self.progress("comparing with the trainer", 0.6)
         reports = self._judge(scoring, groups)
-        self._cache(prompts, floor)
+        self._cache(prompts, floor, reports)
         self._updates(prompts, floor)
         self.progress("done", 1.0)
         return self._report(reports, groups, started)
@@ -105,8 +105,12 @@ class LiveCheck:
         own: dict[str, object] = dict(self.check.sampling_fields) or dict(SHAPED)
         return [PLAIN] if own == PLAIN else [dict(PLAIN), own]
 
+    def _salt(self) -> str | None:
+        """A fresh one, where the server knows salts: whether a prompt is cached is a factor of its own."""
+        return None if self.facts.kind == "openai" else f"trueup-{time.time_ns()}"
+
     def _generate(self, prompts: Prompts, sampling: dict[str, object]) -> list[list[Answer]]:
-        asks = asks_of(prompts.ordinary, sampling, max_tokens=self.check.tokens)
+        asks = asks_of(prompts.ordinary, sampling, max_tokens=self.check.tokens, salt=self._salt())
         return [client.generate(asks, together=True) for client in self.clients]
 
     def _rows(
@@ -197,9 +201,12 @@ class LiveCheck:
             self.missing |= dict.fromkeys(("I3", "I15"), "left out of a quick check (--full)")
             return
         client, limit = self.clients[0], SELF_LIMIT * floor
-        asks = asks_of(prompts.ordinary[:FEW], PLAIN, max_tokens=self.check.tokens)
-        once = client.generate(asks, together=False)
-        again = client.generate(asks, together=False)
+        once, again = (
+            client.generate(
+                asks_of(prompts.ordinary[:FEW], PLAIN, max_tokens=self.check.tokens, salt=self._salt()), together=False
+            )
+            for _ in range(2)
+        )
         repeat = outcome("repeat", paired(once, again), limit, "the same request twice, alone")
         batch = outcome("batch", paired(once, together[0][:FEW]), limit, "alone against together with others")
         self.probes += [repeat, batch]
@@ -212,7 +219,7 @@ class LiveCheck:
     ) -> None:
         """The same seeds with every field spelled out: a difference is the engine's own defaults."""
         explicit = EXPLICIT | PLAIN | sampling
-        asks = asks_of(prompts.ordinary[:FEW], explicit, max_tokens=self.check.tokens)
+        asks = asks_of(prompts.ordinary[:FEW], explicit, max_tokens=self.check.tokens, salt=self._salt())
         gap = paired(answers[0][:FEW], self.clients[0].generate(asks, together=True))
         probe = outcome("defaults", gap, SELF_LIMIT * floor, "fields left out against the same fields spelled out")
         self.probes.append(probe)
@@ -241,6 +248,7 @@ class LiveCheck:
             reports.append(judged.report)
             if given is None and judged.found is not None and not judged.found.model.source.plain:
                 given = judged.found
+        self.causes = verdicts.not_explained_by(reports, self.causes)
         generation = verdicts.generation_against_scoring(reports, self.causes)
         if generation is not None:
             self.causes.append(generation)
@@ -248,7 +256,7 @@ class LiveCheck:
             self.not_there.add("I4")
         return verdicts.settle(reports, self.causes)
 
-    def _cache(self, prompts: Prompts, floor: float) -> None:
+    def _cache(self, prompts: Prompts, floor: float, reports: Sequence[SettingReport]) -> None:
         if self.quick:
             self.missing |= dict.fromkeys(("I5", "W12"), "left out of a quick check (--full)")
             return
@@ -256,10 +264,11 @@ class LiveCheck:
             self.missing |= dict.fromkeys(("I5", "W12"), "the server is not known to keep cached prompts apart by salt")
             return
         probe = cached_against_fresh(
-            self.clients[0], prompts.long, limit_rms=SELF_LIMIT * floor, salt=f"trueup-{time.time_ns()}"
+            self.clients[0], prompts.long, limit_rms=SELF_LIMIT * floor, salt=str(self._salt())
         )
         self.probes.append(probe)
-        found = verdicts.cached(probe, self.causes, updated=bool(self.facts.version))
+        lost = any(c.id == "S9" for r in reports for c in r.causes)
+        found = verdicts.cached(probe, self.causes, updated=bool(self.facts.version), lost=lost)
         self.causes += found
         if not found and probe.gap is not None and probe.gap.tokens:
             self.not_there.add("I5")

@@ -24,13 +24,15 @@ EXPLICIT = {
 class Gap:
     """How far two answers to the same requests are apart: rms and largest |difference| in nats, over `tokens`.
 
-    `parted` counts pairs that drew different tokens, `failed` pairs of which one did not come back.
+    `parted` counts pairs that drew different tokens, `at_once` those that did so at the first, `failed` pairs of which
+    one did not come back.
     """
 
     tokens: int
     rms: float
     max_abs: float
     parted: int
+    at_once: int
     failed: int
 
     def as_dict(self) -> dict[str, object]:
@@ -50,7 +52,9 @@ class Probed:
     @property
     def differs(self) -> bool:
         """Whether the changed thing made a difference beyond the limit."""
-        return self.gap is not None and self.gap.tokens > 0 and self.gap.rms > self.limit_rms
+        if self.gap is None:
+            return False
+        return self.gap.at_once > 1 or (self.gap.tokens > 0 and self.gap.rms > self.limit_rms)
 
     def as_dict(self) -> dict[str, object]:
         """Return the JSON form."""
@@ -66,7 +70,7 @@ class Probed:
 def paired(first: Sequence[Answer], second: Sequence[Answer]) -> Gap:
     """Compare answers pair by pair over their common beginning."""
     squares: list[float] = []
-    parted = failed = 0
+    parted = at_once = failed = 0
     for one, other in zip(first, second, strict=True):
         if one.error or other.error:
             failed += 1
@@ -74,20 +78,29 @@ def paired(first: Sequence[Answer], second: Sequence[Answer]) -> Gap:
         for token, (mine, theirs) in enumerate(zip(one.ids, other.ids, strict=False)):
             if mine != theirs:
                 parted += 1
+                at_once += token == 0
                 break
             if token < min(len(one.logprobs), len(other.logprobs)):
                 difference = one.logprobs[token] - other.logprobs[token]
                 squares.append(difference**2 if math.isfinite(difference) else math.inf)
     rms = math.sqrt(sum(squares) / len(squares)) if squares else 0.0
-    return Gap(tokens=len(squares), rms=rms, max_abs=math.sqrt(max(squares, default=0.0)), parted=parted, failed=failed)
+    return Gap(
+        tokens=len(squares),
+        rms=rms,
+        max_abs=math.sqrt(max(squares, default=0.0)),
+        parted=parted,
+        at_once=at_once,
+        failed=failed,
+    )
 
 
 def outcome(name: str, gap: Gap, limit_rms: float, words: str) -> Probed:
     """Name a gap and put it into words."""
     if not gap.tokens:
-        text = f"{words}: nothing to compare ({gap.parted} parted at once, {gap.failed} failed)"
+        text = f"{words}: nothing to compare ({gap.at_once} drew another first token, {gap.failed} failed)"
     else:
         text = f"{words}: rms {gap.rms:.2g} nats over {gap.tokens} tokens (limit {limit_rms:.2g})"
+        text += f", {gap.at_once} drew another first token" if gap.at_once else ""
     return Probed(name=name, gap=gap, limit_rms=limit_rms, text=text)
 
 
@@ -96,7 +109,14 @@ def asks_of(
 ) -> list[Ask]:
     """One request a prompt, seeded by its place."""
     return [
-        Ask(prompt=p, sampling=sampling, seed=1000 + i, max_tokens=max_tokens, salt=salt) for i, p in enumerate(prompts)
+        Ask(
+            prompt=p,
+            sampling=sampling,
+            seed=1000 + i,
+            max_tokens=max_tokens,
+            salt=None if salt is None else f"{salt}-{i}",
+        )
+        for i, p in enumerate(prompts)
     ]
 
 

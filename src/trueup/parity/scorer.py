@@ -121,7 +121,7 @@ class Scorer:
         return checkpoint_dtype(self.path)
 
     def _arithmetic(self, source: Source) -> Arithmetic:
-        if not source.plain:
+        if not source.plain and source.precision != "engine":
             return FP32
         return {"trainer": self.trainer, "engine": self.engine, "reference": self.reference, "exact": FP32}[
             source.precision

@@ -149,6 +149,8 @@ class _Writer:
         for at, (request, group) in enumerate(zip(requests, results, strict=True)):
             for result in group:
                 choice = {"index": len(choices)} | self.choice(result) | self._extras(request, result)
+                if isinstance(result, RolloutFailure):
+                    choice["error"] = result.reason
                 if scores is not None:
                     choice["prompt_logprobs"] = _prompt_logprobs(request, scores[at])
                 choices.append(choice)

@@ -312,9 +312,9 @@ def double_bos(site: Site, bos: float) -> None:
     site.prompts(lambda ids: (int(bos), *ids))
 
 
-def other_template(site: Site, ids: str) -> None:
-    """T5: a system turn, given as ids, in front of every prompt."""
-    site.prompts(lambda prompt: (*_ids(ids), *prompt))
+def other_template(site: Site, before: str = "", after: str = "") -> None:
+    """T5: a template's ids before and after every prompt."""
+    site.prompts(lambda prompt: (*_ids(before), *prompt, *_ids(after)))
 
 
 def synthetic_end(site: Site, token: float, value: float) -> None:
@@ -633,8 +633,8 @@ def blended_report(site: Site, share: float) -> None:
     )
 
 
-def swapped_rows(site: Site, first: float, second: float) -> None:
-    """Two halves of the last state change places."""
+def mirrored_state(site: Site, first: float) -> None:
+    """The first entries of the last state are in reverse order."""
     site.states(lambda states, spans: torch.cat([states[:, : int(first)].flip(1), states[:, int(first) :]], dim=1))
 
 
@@ -647,7 +647,7 @@ FAULTS: dict[str, Callable[..., None]] = {
         dummy_table, torn_update, stale_prefixes, stale_head, bf16_rounding, bf16_head, crosstalk, decode_drift,
         rounded_prefixes, kv_float8, rope_theta, rope_linear, window, not_finite, attention_scale, skips_first,
         skips_self, softcap, logit_scale, embedding_scale, noise, skipped_layer, loose_norm, silent_head,
-        blended_report, swapped_rows,
+        blended_report, mirrored_state,
     )
 }  # fmt: skip
 """By name; a docstring starts with the id of the cause it plants, if there is one."""

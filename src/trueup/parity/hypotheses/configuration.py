@@ -8,8 +8,8 @@ from trueup.model.altered import ALTERATIONS
 from trueup.parity.evidence import EXACT, EngineModel, Evidence, HeadEdit
 from trueup.parity.hypotheses import Hypothesis, Variant
 
-THETA_FACTORS = (0.1, 0.5, 2.0, 10.0)
-LINEAR_FACTORS = (2.0, 4.0, 8.0)
+THETA_FACTORS = (0.03, 0.1, 0.3, 3.0, 10.0, 30.0)
+LINEAR_FACTORS = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 WINDOWS = (4, 8, 16, 32, 64, 128, 256, 512)
 SOFTCAPS = (2.0, 4.0, 8.0, 15.0, 20.0, 30.0, 50.0)
 SCALES = (0.5, 0.7, 0.85, 1.2, 1.5, 2.0)
@@ -32,7 +32,7 @@ def _rope(evidence: Evidence, model: EngineModel) -> list[Variant]:
     if not model.source.plain:
         return []
     theta = evidence.facts.rope_theta
-    bases = {theta * factor for factor in THETA_FACTORS} | {1e4, 1e5, 5e5, 1e6}
+    bases = {theta * factor for factor in THETA_FACTORS}
     return [_altered(model, "rope_theta", base) for base in sorted(bases - {theta})] + [
         _altered(model, "rope_linear", factor) for factor in LINEAR_FACTORS
     ]
@@ -89,13 +89,19 @@ def _finer(evidence: Evidence, variant: Variant, step: float) -> list[Variant]:
         if name == "window":
             return [_altered(model, name, n) for n in whole_neighbours(value, step)]
         wider = (factors[0] ** 3, factors[1] ** 3) if name == "rope_theta" else factors
-        known = name in ("rope_theta", "rope_linear", "embedding_scale")
-        return [_altered(model, name, value * factor) for factor in wider] if known else []
+        if name not in ("rope_theta", "rope_linear", "embedding_scale"):
+            return []
+        return [_altered(model, name, n) for n in (*(value * factor for factor in wider), *rounded(value))]
     if head.softcap is not None:
-        return [_capped(model, head.softcap * factor) for factor in factors]
+        return [_capped(model, n) for n in (*(head.softcap * f for f in factors), *rounded(head.softcap))]
     if head.padded_rows:
         return [_with_rows(model, n) for n in whole_neighbours(head.padded_rows, step)]
-    return [_scaled(model, head.scale * factor) for factor in factors]
+    return [_scaled(model, n) for n in (*(head.scale * f for f in factors), *rounded(head.scale))]
+
+
+def rounded(value: float) -> list[float]:
+    """The number to one, two and three digits: people write round numbers into configurations."""
+    return [float(f"{value:.{digits}g}") for digits in (1, 2, 3)]
 
 
 def whole_neighbours(value: float, step: float) -> list[int]:

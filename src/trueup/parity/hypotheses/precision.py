@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from trueup.parity.evidence import EXACT, EngineModel, Evidence, HeadEdit
+from trueup.parity.evidence import ENGINE, EXACT, EngineModel, Evidence, HeadEdit
 from trueup.parity.hypotheses import Hypothesis, Variant
 
 KNOWN = {
@@ -33,7 +33,7 @@ def _float8(evidence: Evidence, model: EngineModel) -> list[Variant]:
         return []
     return [
         Variant(
-            model=replace(model, source=replace(EXACT, simulation=("kv_float8", bits))),
+            model=replace(model, source=replace(ENGINE, simulation=("kv_float8", bits))),
             detail=f"the engine computes as if keys and values were kept in 8 bits ({name})",
         )
         for bits, name in ((4.0, "e4m3"), (5.0, "e5m2"))
@@ -73,5 +73,6 @@ HYPOTHESES = (
         fix="--kv-cache-dtype auto, or quantise the trainer's keys and values alike",
         variants=_float8,
         simulates=True,
+        numeric=True,
     ),
 )
