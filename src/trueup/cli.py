@@ -52,34 +52,53 @@ def _main(
 
 @app.command()
 def check(
+    engine: Annotated[
+        list[str] | None, typer.Option(help="URL of a running engine; repeat it for replicas of one engine.")
+    ] = None,
     trace: Annotated[Path | None, typer.Option(help="Recorded trace (trueup.trace/1, JSONL).")] = None,
     model: Annotated[Path | None, typer.Option(help="The trainer's checkpoint, a local Hugging Face folder.")] = None,
     trainer: Annotated[
         str | None, typer.Option(help="What your trainer computes: processed, tempered, raw, trl, verl.")
+    ] = None,
+    sampling: Annotated[
+        str | None, typer.Option(help="Your rollouts' sampling, e.g. temperature=0.7,top_p=0.9; nothing else is sent.")
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Trainer body: auto (the engine's), float32, bfloat16, float16.")
     ] = None,
     head: Annotated[str | None, typer.Option(help="Trainer head matmul: float32 or bfloat16.")] = None,
     device: Annotated[str | None, typer.Option(help="Torch device of the trainer's forward pass.")] = None,
+    checkpoints: Annotated[
+        list[Path] | None, typer.Option(help="Older weights of the model, oldest first; repeat the option.")
+    ] = None,
+    quick: Annotated[bool | None, typer.Option("--quick/--full", help="Leave probes out, and say which.")] = None,
+    allow_updates: Annotated[
+        bool | None, typer.Option("--allow-updates", help="Change the engine's weights and put them back.")
+    ] = None,
+    token_file: Annotated[Path | None, typer.Option(help="Holds the engine's bearer token.")] = None,
     max_rows: Annotated[int | None, typer.Option(help="At most this many rows of each sampling setting.")] = None,
-    against: Annotated[str | None, typer.Option(help="Another trace, or a report.json as baseline.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Another engine's URL, another trace, or a report.json as baseline.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with a [check] section.")] = None,
     sets: Sets = [],  # noqa: B006  (typer reads the default, nobody mutates it)
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the report as JSON.")] = None,
+    html_out: Annotated[Path | None, typer.Option("--html", help="Write the report as one HTML file.")] = None,
 ) -> None:
-    """Compare what an engine reported with what the trainer computes, and name the cause of any gap.
+    """Compare what an engine reports with what the trainer computes, and name the cause of any gap.
 
     Exit code 0: agree; 1: mismatch; 2: could not be tested (the line says why).
     """
+    depth = None if quick is None else "quick" if quick else "full"
     given = {
-        "trace": trace, "model": model, "trainer": trainer, "dtype": dtype, "head": head, "device": device,
-        "max_rows": max_rows, "against": against,
+        "engine": engine or None, "trace": trace, "model": model, "trainer": trainer, "sampling": sampling,
+        "dtype": dtype, "head": head, "device": device, "checkpoints": checkpoints or None, "depth": depth,
+        "allow_updates": allow_updates, "token_file": token_file, "max_rows": max_rows, "against": against,
     }  # fmt: skip
     try:
         base = load_config(config, sets=sets).model_dump()
         base["check"] |= {k: v for k, v in given.items() if v is not None}
-        code = _run_check(build_config(_without_none(base), where="command line"), json_out)
+        code = _run_check(build_config(_without_none(base), where="command line"), json_out, html_out)
     except TrueupError as error:
         raise _fail(error) from None
     raise typer.Exit(code)
@@ -89,22 +108,25 @@ def _without_none(values: dict[str, object]) -> dict[str, object]:
     return {k: _without_none(v) if isinstance(v, dict) else v for k, v in values.items() if v is not None}
 
 
-def _run_check(config: Config, json_out: Path | None) -> int:
-    if json_out is not None and not json_out.absolute().parent.is_dir():
-        raise ConfigError(f"--json: folder {json_out.absolute().parent} does not exist")
+def _run_check(config: Config, json_out: Path | None, html_out: Path | None) -> int:
+    for name, out in (("--json", json_out), ("--html", html_out)):
+        if out is not None and not out.absolute().parent.is_dir():
+            raise ConfigError(f"{name}: folder {out.absolute().parent} does not exist")
     from rich.console import Console
 
+    from trueup.parity.html import write_html
+    from trueup.parity.progress import run_with_progress
     from trueup.parity.report import write_json
-    from trueup.parity.run import check_trace
     from trueup.parity.terminal import render
 
-    progress = Console(stderr=True)
-    with progress.status("starting") as status:
-        report = check_trace(config.check, announce=status.update)
+    report = run_with_progress(config.check, Console(stderr=True))
     render(report, Console())
     if json_out is not None:
         write_json(report, json_out)
         typer.echo(f"report      {json_out}")
+    if html_out is not None:
+        write_html(report, html_out)
+        typer.echo(f"report      {html_out}")
     return report.exit_code
 
 

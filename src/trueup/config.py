@@ -58,7 +58,9 @@ class CheckConfig(_Section):
     engine: tuple[str, ...] = Field((), description="URLs of running engines, replicas of one another")
     token_file: Path | None = Field(None, description="holds the bearer token of the engine")
     sampling: str = Field("", description="the run's own sampling, as temperature=0.7,top_p=0.9; nothing else is sent")
-    depth: Literal["quick", "full"] = Field("full", description="quick leaves probes out and lists them as untested")
+    depth: Literal["quick", "full"] = Field(
+        "full", description="quick: half the prompts, and probes that are left out are listed"
+    )
     prompts: int = Field(16, ge=2, le=256, description="prompts a setting")
     tokens: int = Field(32, ge=4, le=4096, description="tokens a completion")
     allow_updates: bool = Field(False, description="change the engine's weights and put them back")

@@ -323,6 +323,8 @@ class Attributor:
         floor, verdict = self.floor_of(best.model), self.held_judgement(best.model)
         rivals, unseeable = [], dict(self.unseeable)
         tried = {c.path[-1].hypothesis.id for c in singles}
+        if best is self.start and not self.searched:  # within the floor: no costly cause can be at work visibly
+            self.hopeless |= {h.id for h in self.simulated}
         ruled_out = [h.id for h in self.cheap if h.id not in tried] + sorted(self.hopeless - tried)
         chosen = {e.hypothesis.id for e in best.path}
         for candidate in singles:

@@ -130,6 +130,8 @@ class SettingJudge:
         small = scorer.evidence(setting.case, screen(first, evidence, now))
         fit = replace(scorer.evidence(setting.case, first), whole=evidence, screen=replace(small, whole=evidence))
         held = replace(scorer.evidence(setting.case, second), whole=evidence) if len(rows) > 1 else fit
+        if not mismatch:  # nothing to explain: what would have shown is tried on a part
+            fit = held = replace(small, whole=evidence)
         hypotheses = [h for h in all_hypotheses() if h.id not in excluded]
         found = Attributor(fit=fit, held=held, hypotheses=hypotheses, floor_of=floor_of, limits=self.limits).run(
             mismatch=mismatch, given=given

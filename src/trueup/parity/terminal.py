@@ -49,9 +49,13 @@ def _header(report: ParityReport) -> Iterator[tuple[str, str]]:
     engines = header["engine"]
     flags = header["flags"]
     assert isinstance(engines, list) and isinstance(flags, Mapping)
-    declared = ", ".join(f"{k}={v}" for k, v in flags.items()) or "none recorded"
+    nothing = "none recorded" if header.get("url") is None else "unreadable, so behaviour was tested"
+    declared = ", ".join(f"{k}={v}" for k, v in flags.items()) or nothing
     yield "engine", f"{', '.join(map(str, engines))}, {header['engine_arithmetic']}; flags: {declared}"
-    yield "trainer", f"transformers, {header['trainer_arithmetic']}, compared as {header['trainer']!r}"
+    yield (
+        "trainer",
+        f"transformers, {header['trainer_arithmetic']}, compared as {header['trainer']!r}" + _touched(header),
+    )
     settings = report.settings
     edges = sum(len(s.edge_tokens) for s in settings)
     singles = sum(s.singleton_tokens for s in settings)
@@ -60,6 +64,13 @@ def _header(report: ParityReport) -> Iterator[tuple[str, str]]:
         f"{header['rows']} completions, {header['tokens']} tokens, {len(settings)} sampling settings; {singles} tokens "
         f"with a one-token kept set, {edges} on its edge (counted, not scored)",
     )
+
+
+def _touched(header: Mapping[str, object]) -> str:
+    if header.get("url") is None:
+        return ""
+    changed = "weights were updated and put back" if header["allow_updates"] else "nothing on the server changed"
+    return f"     {'updates allowed' if header['allow_updates'] else 'read-only'}: {changed}"
 
 
 def _cause(console: Console, cause: Cause, report: ParityReport) -> None:
@@ -126,7 +137,8 @@ def _settings_table(settings: Sequence[SettingReport]) -> Table:
     return table
 
 
-def _correction(report: ParityReport) -> str:
+def correction(report: ParityReport) -> str:
+    """What to do about the gap in the objective: nothing before the backend is clean."""
     if report.verdict == "mismatch":
         names = ", ".join(c.id for c in report.causes) or "the unexplained part"
         return f"none: truncated importance sampling or masking here would hide {names}"
@@ -148,7 +160,9 @@ def _truncation_note(report: ParityReport) -> str | None:
 
 
 def _lists(report: ParityReport) -> Iterator[tuple[str, str]]:
-    yield "correction", _correction(report)
+    for probe in report.probes:
+        yield "probe", f"{'DIFFERS' if probe['differs'] else 'alike'}  {probe['text']}"
+    yield "correction", correction(report)
     if (note := _truncation_note(report)) is not None:
         yield "trainers", note
     if report.ruled_out:

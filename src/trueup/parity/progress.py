@@ -1,0 +1,56 @@
+"""A check with a bar that says what runs, and an interrupt that still lets it put things back."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from trueup.config import CheckConfig
+from trueup.errors import ConfigError
+from trueup.parity.report import ParityReport
+
+
+@contextmanager
+def terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that what must be restored is."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run_with_progress(check: CheckConfig, console: Console) -> ParityReport:
+    """Check an engine or a trace, whichever the configuration names. Raises TrueupError, ConfigError for both."""
+    if check.engine and check.trace is not None:
+        raise ConfigError("name either --engine or --trace, not both (--against compares two)")
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with terminated_like_interrupted(), Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=1.0)
+
+        def announce(message: str) -> None:
+            bar.update(task, description=message)
+
+        def progress(what: str, share: float) -> None:
+            bar.update(task, description=what, completed=share)
+
+        if check.engine:
+            from trueup.parity.live import check_engine
+
+            return check_engine(check, announce=announce, progress=progress)
+        from trueup.parity.run import check_trace
+
+        return check_trace(check, announce=announce)
