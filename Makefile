@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SMOLLM2 := models/smollm2-135m
 
-.PHONY: setup test test-slow lint bench vllm clean
+.PHONY: setup test test-slow test-vllm lint bench vllm clean
 
 setup: $(VENV)/.installed $(SMOLLM2)/config.json
 
@@ -22,10 +22,15 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not vllm" $(ARGS)
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not vllm" $(ARGS)
+
+# vLLM 0.32 in an environment of its own (minutes, 4 GB), then real servers on this machine.
+test-vllm: setup
+	$(BIN)/trueup vllm install --version 0.32.0
+	$(BIN)/python -m pytest -m vllm $(ARGS)
 
 bench: setup
 	$(BIN)/python benchmarks/head.py

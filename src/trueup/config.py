@@ -63,8 +63,12 @@ class CheckConfig(_Section):
     )
     prompts: int = Field(16, ge=2, le=256, description="prompts a setting")
     tokens: int = Field(32, ge=4, le=4096, description="tokens a completion")
+    seed: int = Field(0, ge=0, lt=2**31, description="of the random numbers that completions are drawn with")
     allow_updates: bool = Field(False, description="change the engine's weights and put them back")
     request_timeout_s: float = Field(60.0, gt=0, le=3600, description="a request that takes longer has failed")
+    search_s: float = Field(
+        90.0, gt=0, description="for causes that need forward passes; the rest is listed as untested"
+    )
     checkpoints: tuple[Path, ...] = Field((), description="older weights of the model, oldest first: folders")
     limits: LimitsConfig = LimitsConfig()
 

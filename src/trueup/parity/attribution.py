@@ -6,6 +6,7 @@ that brings the held-back residual to the floor wins; what stays is printed, nev
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -33,6 +34,9 @@ EDGE_ALLOWANCE = 0.02
 TWINS = ("S4", "S6")
 """At T=1 an engine that ignores truncation or penalties reports what a raw one does; which of them it is shows at any
 other temperature."""
+REFINED = 3
+"""Costly candidates that are refined, of all that look promising."""
+OUT_OF_TIME = "no time was left to try it (check.search_s)"
 REFINE_ROUNDS = 24
 FINEST_STEP = 1 / 256
 REFINE_GAIN = 0.002
@@ -87,14 +91,15 @@ class _Candidate:
 class Attributor:
     """Searches engine models for one setting. `fit` and `held` are disjoint halves of its evidence.
 
-    `floor_of(model)` predicts the floor under a model's distribution.
+    `floor_of(model)` predicts the floor under a model's distribution. After `deadline` (of time.monotonic) no costly
+    cause is tried any more: those left are listed as untested.
     """
 
     def __init__(
         self, *, fit: Evidence, held: Evidence, hypotheses: Sequence[Hypothesis],
-        floor_of: Callable[[EngineModel], Floor], limits: LimitsConfig,
+        floor_of: Callable[[EngineModel], Floor], limits: LimitsConfig, deadline: float = float("inf"),
     ) -> None:  # fmt: skip
-        self.fit, self.held, self.floor_of, self.limits = fit, held, floor_of, limits
+        self.fit, self.held, self.floor_of, self.limits, self.deadline = fit, held, floor_of, limits, deadline
         self.order = [h.id for h in hypotheses]
         self.unseeable = {h.id: why for h in hypotheses if (why := h.unseeable(fit))}
         seeable = [h for h in hypotheses if h.id not in self.unseeable]
@@ -137,40 +142,47 @@ class Attributor:
         """
         used = {e.hypothesis.id for e in start.path}
         self.seen = {start.model}
-        found = []
-        for costly in (False, True):
-            evidence = (self.fit.screen or self.fit) if costly else self.fit
-            offers = {
-                h: list(h.variants(self.fit, start.model))
-                for h in hypotheses
-                if h.id not in used and h.simulates == costly
-            }
-            self._prefetch(evidence, [v for vs in offers.values() for v in vs])
-            for hypothesis, variants in offers.items():
-                best = self._best(evidence, start, hypothesis, variants)
-                if best is not None and (costly or hypothesis.refine is not None):
-                    value = self._fit_loss(best.model)
-                    best = replace(best, fit_loss=value)
-                if best is not None and best.fit_loss < float("inf"):
-                    found.append(best)
-        return sorted(found, key=lambda c: c.fit_loss)
+        cheap = [h for h in hypotheses if not h.simulates and h.id not in used]
+        found = [c for h in cheap if (c := self._refined(self.fit, self._coarse(self.fit, start, h), h)) is not None]
+        costly = [h for h in hypotheses if h.simulates and h.id not in used]
+        return sorted([*found, *self._expand_costly(start, costly)], key=lambda c: c.fit_loss)
 
-    def _best(
-        self, evidence: Evidence, start: _Candidate, hypothesis: Hypothesis, variants: Sequence[Variant]
-    ) -> _Candidate | None:
-        """The variant that fits the evidence best, after refining its number if it has one and it looks promising."""
+    def _expand_costly(self, start: _Candidate, hypotheses: Sequence[Hypothesis]) -> list[_Candidate]:
+        """Coarse variants of all on the screen; the few best are refined there, and run on the whole fitting half."""
+        screen = self.fit.screen or self.fit
+        coarse: list[_Candidate] = []
+        worth = PROMISING * (loss(residual(screen, start.model), EDGE_ALLOWANCE) if hypotheses else 0.0)
+        for hypothesis in hypotheses:
+            if time.monotonic() > self.deadline:
+                self.unseeable[hypothesis.id] = OUT_OF_TIME
+                continue
+            best = self._coarse(screen, start, hypothesis)
+            if best is None or best.fit_loss > worth:
+                self.hopeless.add(hypothesis.id)
+            else:
+                coarse.append(best)
+        found = []
+        for rank, candidate in enumerate(sorted(coarse, key=lambda c: c.fit_loss)):
+            if rank < REFINED:
+                candidate = self._refined(screen, candidate, candidate.path[-1].hypothesis) or candidate
+            found.append(replace(candidate, fit_loss=self._fit_loss(candidate.model)))
+        return [c for c in found if c.fit_loss < float("inf")]
+
+    def _coarse(self, evidence: Evidence, start: _Candidate, hypothesis: Hypothesis) -> _Candidate | None:
+        """The variant that fits the evidence best."""
+        variants = list(hypothesis.variants(self.fit, start.model))
+        self._prefetch(evidence, variants)
         ranked = [c for v in variants if (c := self._candidate(evidence, start, hypothesis, v)) is not None]
-        if not ranked:
-            return None
-        best = min(ranked, key=lambda c: c.fit_loss)
-        worth = PROMISING * loss(residual(evidence, start.model), EDGE_ALLOWANCE)
-        if best.fit_loss > worth and hypothesis.simulates:
-            self.hopeless.add(hypothesis.id)
-            return None
-        if hypothesis.refine is None or best.fit_loss > worth:
+        return min(ranked, key=lambda c: c.fit_loss, default=None)
+
+    def _refined(self, evidence: Evidence, best: _Candidate | None, hypothesis: Hypothesis) -> _Candidate | None:
+        """The same with its number, if it has one, brought closer by halving steps."""
+        if best is None or hypothesis.refine is None or best.fit_loss > PROMISING * self.start.fit_loss:
             return best
-        step = 1.0
+        start, step = replace(best, path=best.path[:-1]), 1.0
         for _ in range(REFINE_ROUNDS):
+            if time.monotonic() > self.deadline:
+                break
             closer = list(hypothesis.refine(evidence, Variant(model=best.model, detail=best.path[-1].detail), step))
             self._prefetch(evidence, closer)
             ranked = [c for v in closer if (c := self._candidate(evidence, start, hypothesis, v)) is not None]

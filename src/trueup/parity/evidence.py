@@ -37,7 +37,8 @@ class Source:
     `precision`: "trainer", "engine" (as it declares), "reference" (the next higher one) or "exact" (float32, for
     most of what is changed). `simulation`: (name, parameter) of model/simulate.py. `context`: what was done to the
     prompt. `weights`: (label, pattern), other weights for the tensors whose name the pattern matches; label "stamped"
-    takes each token's own stamped version. `head`: another head.
+    takes each token's own stamped version. `head`: another head. `batching`: (wrong way to batch, rows a batch) of
+    model/misbatched.py.
     """
 
     precision: str = "trainer"
@@ -45,6 +46,7 @@ class Source:
     context: str | None = None
     weights: tuple[str, str] | None = None
     head: HeadEdit = HeadEdit()
+    batching: tuple[str, int] | None = None
 
     @property
     def plain(self) -> bool:
@@ -110,8 +112,7 @@ class EngineModel:
     token's; `shift`: the number at position t describes token t + shift; `grid`: rounding in transport ("bf16",
     "fp16" or decimals such as "3 decimals"); `constant`: placeholder that stands where a number is missing;
     `bias`: (ids, nats added to their logits; -inf forbids them); `allowed`: ids of a grammar, all others forbidden;
-    `skip`: tokens about which nothing is predicted,
-    "last" of each row, or "boundary" (within BOUNDARY tokens of a change of version).
+    `skip`: tokens about which nothing is predicted (see `skipped`).
     """
 
     dist: Distribution
@@ -256,8 +257,11 @@ def _constrained(evidence: Evidence, model: EngineModel, values_T: Tensor) -> Te
 
 
 def skipped(tokens: Tokens, which: str) -> Tensor:
-    """True for the last token of each row, or for tokens within BOUNDARY of a change of the stamped version."""
+    """True for the last token of each row, for tokens within BOUNDARY of a change of the stamped version ("boundary"),
+    or for tokens of another version than the newest ("lagged")."""
     row_T = tokens.row_T
+    if which == "lagged":
+        return tokens.version_T < tokens.version_T.max()
     if which == "last":
         return torch.cat([row_T[1:] != row_T[:-1], torch.tensor([True])])
     changed_T = torch.zeros_like(row_T, dtype=torch.bool)

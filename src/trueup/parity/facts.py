@@ -20,7 +20,8 @@ class Facts:
     those. `contexts`: what could have been done to the prompts. `generation`: sampling defaults of
     generation_config.json. `tensor_kinds`: last names of tensors, e.g. "q_proj", an
     untied head left out. `bf16_head`: the trainer or
-    the engine as declared multiplies its head in bfloat16.
+    the engine as declared multiplies its head in bfloat16. `batch_rows`: how many rows a trainer had to batch, 0 where
+    the numbers are an engine's.
     """
 
     checkpoints: tuple[str, ...] = ()
@@ -33,10 +34,17 @@ class Facts:
     generation: Mapping[str, float] = field(default_factory=dict)
     tensor_kinds: tuple[str, ...] = ()
     bf16_head: bool = False
+    batch_rows: int = 0
 
 
 def facts_of(
-    model: LoadedModel, *, checkpoints: tuple[str, ...], stamped: bool, contexts: tuple[str, ...], bf16_head: bool
+    model: LoadedModel,
+    *,
+    checkpoints: tuple[str, ...],
+    stamped: bool,
+    contexts: tuple[str, ...],
+    bf16_head: bool,
+    batch_rows: int,
 ) -> Facts:
     """Read them off a loaded checkpoint."""
     config = model.lm.config
@@ -57,6 +65,7 @@ def facts_of(
         generation=generation_defaults(model.path),
         tensor_kinds=tuple(k for k in kinds if k),
         bf16_head=bf16_head,
+        batch_rows=batch_rows,
     )
 
 

@@ -38,9 +38,6 @@ SCORED = " [engine's scores]"
 LONG_TOKENS = 300
 """Longer than two of vLLM's blocks on a CPU (128 tokens), so that a prefix cache has something to reuse."""
 FEW = 4
-SELF_LIMIT = 1.5
-"""An engine may differ from itself by this many floors: in another batch shape it rounds as independently as a trainer
-does, and a few dozen tokens measure an rms to within a third."""
 MIN_OK = 0.5
 """With fewer answers than this share nothing can be judged."""
 
@@ -77,14 +74,15 @@ class LiveCheck:
         answers = {str(s): self._generate(prompts, s) for s in settings}
         rows = {key: self._rows(prompts, s, answers[key]) for key, s in zip(answers, settings, strict=True)}
         self._require_answers(answers)
-        scores = self._score(rows[str(PLAIN)])
+        first = str(settings[0])
+        scores = self._score(rows[first])
         self.progress("comparing with the trainer", 0.35)
-        self._set_precision(scores or rows[str(PLAIN)])
+        self._set_precision(scores or rows[first])
         groups = self._settings([r for group_rows in rows.values() for r in group_rows])
         scoring = self._scoring_setting(scores) if scores else None
         self.bench.prefetch([*([scoring] if scoring else []), *groups])
         floor = self._floor(scoring or groups[0])
-        self._self_consistency(prompts, answers[str(PLAIN)], rows[str(PLAIN)], floor)
+        self._self_consistency(prompts, answers[first], floor)
         self._explicit_against_omitted(prompts, settings[-1], answers[str(settings[-1])], floor)
         self.progress("comparing with the trainer", 0.6)
         reports = self._judge(scoring, groups)
@@ -105,16 +103,22 @@ class LiveCheck:
         )
 
     def _sampling(self) -> list[dict[str, object]]:
-        """The settings to try: plain, and the run's own or one that shapes the distribution."""
+        """The settings to try: plain, and the run's own or one that shapes the distribution; in a quick check only
+        the latter."""
         own: dict[str, object] = dict(self.check.sampling_fields) or dict(SHAPED)
-        return [PLAIN] if own == PLAIN else [dict(PLAIN), own]
+        if self.quick:
+            self.missing["I4"] = "left out of a quick check (--full)"
+            return [own]
+        return [own] if own == PLAIN else [dict(PLAIN), own]
 
     def _salt(self) -> str | None:
         """A fresh one, where the server knows salts: whether a prompt is cached is a factor of its own."""
         return None if self.facts.kind == "openai" else f"trueup-{time.time_ns()}"
 
     def _generate(self, prompts: Prompts, sampling: dict[str, object]) -> list[list[Answer]]:
-        asks = asks_of(prompts.ordinary, sampling, max_tokens=self.check.tokens, salt=self._salt())
+        asks = asks_of(
+            prompts.ordinary, sampling, max_tokens=self.check.tokens, seed=self.check.seed, salt=self._salt()
+        )
         return [client.generate(asks, together=True) for client in self.clients]
 
     def _rows(
@@ -197,17 +201,18 @@ class LiveCheck:
     def _floor(self, setting: Setting) -> float:
         return self.bench.floor_rms(setting)
 
-    def _self_consistency(
-        self, prompts: Prompts, together: Sequence[Sequence[Answer]], rows: Sequence[TraceRow], floor: float
-    ) -> None:
+    def _self_consistency(self, prompts: Prompts, together: Sequence[Sequence[Answer]], floor: float) -> None:
         """The engine against itself: the same request twice, and alone against in a batch."""
         if self.quick:
             self.missing |= dict.fromkeys(("I3", "I15"), "left out of a quick check (--full)")
             return
-        client, limit = self.clients[0], SELF_LIMIT * floor
+        client, limit = self.clients[0], verdicts.SELF_LIMIT * floor
         once, again = (
             client.generate(
-                asks_of(prompts.ordinary[:FEW], PLAIN, max_tokens=self.check.tokens, salt=self._salt()), together=False
+                asks_of(
+                    prompts.ordinary[:FEW], PLAIN, max_tokens=self.check.tokens, seed=self.check.seed, salt=self._salt()
+                ),
+                together=False,
             )
             for _ in range(2)
         )
@@ -223,9 +228,13 @@ class LiveCheck:
     ) -> None:
         """The same seeds with every field spelled out: a difference is the engine's own defaults."""
         explicit = EXPLICIT | PLAIN | sampling
-        asks = asks_of(prompts.ordinary[:FEW], explicit, max_tokens=self.check.tokens, salt=self._salt())
+        asks = asks_of(
+            prompts.ordinary[:FEW], explicit, max_tokens=self.check.tokens, seed=self.check.seed, salt=self._salt()
+        )
         gap = paired(answers[0][:FEW], self.clients[0].generate(asks, together=True))
-        probe = outcome("defaults", gap, SELF_LIMIT * floor, "fields left out against the same fields spelled out")
+        probe = outcome(
+            "defaults", gap, verdicts.SELF_LIMIT * floor, "fields left out against the same fields spelled out"
+        )
         self.probes.append(probe)
         if not gap.tokens and gap.failed:
             self.missing["S5"] = "the engine refused requests with every field spelled out"
@@ -256,7 +265,7 @@ class LiveCheck:
         generation = verdicts.generation_against_scoring(reports, self.causes)
         if generation is not None:
             self.causes.append(generation)
-        elif scoring is not None:
+        elif scoring is not None and not self.quick:
             self.not_there.add("I4")
         return verdicts.settle(reports, self.causes)
 
@@ -268,7 +277,7 @@ class LiveCheck:
             self.missing |= dict.fromkeys(("I5", "W12"), "the server is not known to keep cached prompts apart by salt")
             return
         probe = cached_against_fresh(
-            self.clients[0], prompts.long, limit_rms=SELF_LIMIT * floor, salt=str(self._salt())
+            self.clients[0], prompts.long, limit_rms=verdicts.SELF_LIMIT * floor, salt=str(self._salt())
         )
         self.probes.append(probe)
         lost = any(c.id == "S9" for r in reports for c in r.causes)
@@ -284,7 +293,7 @@ class LiveCheck:
         self.missing["W4"] = why
         if not self.check.allow_updates:
             return
-        probe = UpdateProbe(self.bench, self.clients[0], prompts, floor=floor, limit_rms=SELF_LIMIT * floor)
+        probe = UpdateProbe(self.bench, self.clients[0], prompts, floor=floor, limit_rms=verdicts.SELF_LIMIT * floor)
         outcome_ = probe.run(self.progress)
         self.probes += outcome_.probes
         self.causes += [c for c in outcome_.causes if c.id not in {k.id for k in self.causes}]

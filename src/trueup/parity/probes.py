@@ -94,6 +94,12 @@ def paired(first: Sequence[Answer], second: Sequence[Answer]) -> Gap:
     )
 
 
+def paired_values(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> Gap:
+    """Compare two passes over the same tokens."""
+    answers = [[Answer(ids=tuple(range(len(v))), logprobs=tuple(v)) for v in side] for side in (first, second)]
+    return paired(*answers)
+
+
 def outcome(name: str, gap: Gap, limit_rms: float, words: str) -> Probed:
     """Name a gap and put it into words."""
     if not gap.tokens:
@@ -105,14 +111,19 @@ def outcome(name: str, gap: Gap, limit_rms: float, words: str) -> Probed:
 
 
 def asks_of(
-    prompts: Sequence[tuple[int, ...]], sampling: dict[str, object], *, max_tokens: int, salt: str | None = None
+    prompts: Sequence[tuple[int, ...]],
+    sampling: dict[str, object],
+    *,
+    max_tokens: int,
+    seed: int = 0,
+    salt: str | None = None,
 ) -> list[Ask]:
-    """One request a prompt, seeded by its place."""
+    """One request a prompt, seeded by `seed` and its place."""
     return [
         Ask(
             prompt=p,
             sampling=sampling,
-            seed=1000 + i,
+            seed=1000 * (seed + 1) + i,
             max_tokens=max_tokens,
             salt=None if salt is None else f"{salt}-{i}",
         )

@@ -17,6 +17,7 @@ from trueup.parity.grouping import Setting, group
 from trueup.parity.hypotheses import ENGINE_WIDE
 from trueup.parity.recipe import TRAINERS, lint, recipe_of_engine
 from trueup.parity.report import Cause, ParityReport, SettingReport
+from trueup.parity.trainer_check import judge_logged
 from trueup.parity.workbench import Workbench
 from trueup.trace import Trace, read_trace
 
@@ -81,6 +82,10 @@ def check_rows(bench: Workbench, trace: Trace) -> ParityReport:
     settings = [replace(s, case=replace(s.case, trainer_digest=digest)) for s in settings]
     bench.prefetch(settings)
     reports = judge_all(bench, settings)
+    trainers = [report for s in settings if (report := judge_logged(bench, s)) is not None]
+    for mine in (r for r in trainers if r.verdict == "agree"):
+        bench.notes.append(f"{mine.label}: your trainer's numbers are ours, within the floor")
+    reports += [r for r in trainers if r.verdict != "agree"]
     causes = merge(reports)
     declared = {s.case.declared_digest for s in settings} - {None, digest}
     if declared and any(r.unexplained for r in reports):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trueup.errors import ModelError
 from trueup.model.load import LoadedModel, checkpoint_digest, checkpoint_dtype, load_model
+from trueup.model.misbatched import misbatched_states
 from trueup.model.scoring import ScoredRow, check_fits, hidden_states
 from trueup.model.simulate import simulate
 from trueup.model.substitute import check_same_shapes, head_weight, read_tensors, substituted
@@ -53,7 +54,8 @@ class Scorer:
     """Scores trace rows with one checkpoint as trainer, as engine of a declared precision, as reference, and changed.
 
     Forward passes are run when first asked for and remembered by row, so that equal rows cost one. `checkpoints` are
-    other weights of the same model by label, oldest first; `versions` says which label a stamped version is.
+    other weights of the same model by label, oldest first; `versions` says which label a stamped version is. `batched`:
+    all rows in the order in which a trainer batched them, if its numbers are to be explained.
     """
 
     path: Path
@@ -62,6 +64,7 @@ class Scorer:
     batch_rows: int = 16
     device: str = "cpu"
     announce: Callable[[str], None] = lambda message: None
+    batched: Sequence[TraceRow] = ()
     checkpoints: Mapping[str, Path] = field(default_factory=dict)
     versions: Mapping[int, str] = field(default_factory=dict)
     _models: OrderedDict[torch.dtype, LoadedModel] = field(default_factory=OrderedDict)
@@ -110,6 +113,7 @@ class Scorer:
             stamped=len(stamps) > 1 and bool(stamps & set(self.versions)),
             contexts=self.contexts.offered([r.prompt_token_ids for r in rows]),
             bf16_head=torch.bfloat16 in (self.trainer.head, self.engine.head),
+            batch_rows=len(self.batched),
         )
 
     def digest(self) -> str:
@@ -131,12 +135,14 @@ class Scorer:
         """Hidden states of each row under a source, from memory where possible."""
         body = self._arithmetic(source).body
         memory = self._states.setdefault(
-            (body, source.simulation, source.context, source.weights, batch_rows), {}
+            (body, source.simulation, source.context, source.weights, source.batching, batch_rows), {}
         )  # fmt: skip
         missing = list({_key(r): r for r in rows if _key(r) not in memory}.values())
         if missing:
             self.announce(f"{_title(source)}: forward pass, {self._arithmetic(source).title()}, {len(missing)} rows")
             model = self.model(body)
+            if source.batching is not None:
+                return self._misbatched(model, source.batching, memory, rows)
             scored = [
                 ScoredRow(
                     prompt_ids=self.contexts.applied(source.context, r.prompt_token_ids),
@@ -152,6 +158,15 @@ class Scorer:
                     stack.enter_context(simulate(model, *source.simulation))
                 states = hidden_states(model, scored, batch_rows=batch_rows or self.batch_rows)
             memory.update(zip((_key(r) for r in missing), states, strict=True))
+        return [memory[_key(r)] for r in rows]
+
+    def _misbatched(
+        self, model: LoadedModel, batching: tuple[str, int], memory: dict[Key, Tensor], rows: Sequence[TraceRow]
+    ) -> list[Tensor]:
+        """A wrong batch depends on all of its rows: run every row, in order."""
+        scored = [ScoredRow(prompt_ids=r.prompt_token_ids, completion_ids=r.completion_token_ids) for r in self.batched]
+        states = misbatched_states(model, scored, *batching)
+        memory.update(zip((_key(r) for r in self.batched), states, strict=True))
         return [memory[_key(r)] for r in rows]
 
     def head(self, source: Source) -> Head:
@@ -270,5 +285,6 @@ def _title(source: Source) -> str:
         f"{source.simulation[0]} {source.simulation[1]:g}" if source.simulation else "",
         source.context or "",
         " ".join(source.weights) if source.weights else "",
+        source.batching[0] if source.batching else "",
     ]
     return ", ".join(p for p in parts if p) or "another head"

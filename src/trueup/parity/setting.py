@@ -70,8 +70,8 @@ class Judged:
 class SettingJudge:
     """Judges settings against one scorer."""
 
-    def __init__(self, scorer: Scorer, limits: LimitsConfig) -> None:
-        self.scorer, self.limits = scorer, limits
+    def __init__(self, scorer: Scorer, limits: LimitsConfig, *, deadline: float = float("inf")) -> None:
+        self.scorer, self.limits, self.deadline = scorer, limits, deadline
 
     def floor(self, setting: Setting, model: EngineModel) -> Floor:
         """The floor under a model's distribution, from the setting's own tokens."""
@@ -133,9 +133,9 @@ class SettingJudge:
         if not mismatch:  # nothing to explain: what would have shown is tried on a part
             fit = held = replace(small, whole=evidence)
         hypotheses = [h for h in all_hypotheses() if h.id not in excluded]
-        found = Attributor(fit=fit, held=held, hypotheses=hypotheses, floor_of=floor_of, limits=self.limits).run(
-            mismatch=mismatch, given=given
-        )
+        found = Attributor(
+            fit=fit, held=held, hypotheses=hypotheses, floor_of=floor_of, limits=self.limits, deadline=self.deadline
+        ).run(mismatch=mismatch, given=given)
         causes = [*broken, *_causes(found)] if mismatch else broken
         reasons = [*verdict.reasons]
         if wrong_edges:

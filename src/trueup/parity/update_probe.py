@@ -144,7 +144,7 @@ class UpdateProbe:
         ]
         assert self.bench.check.model is not None
         with tempfile.TemporaryDirectory(prefix="trueup-check-") as place:
-            model = _checkpoint(Path(place) / "new", self.bench.check.model, self.store.folder(version))
+            model = checkpoint_of(Path(place) / "new", self.bench.check.model, self.store.folder(version))
             check: CheckConfig = self.bench.check.model_copy(
                 update={"model": model, "checkpoints": (self.bench.check.model,), "dtype": "auto"}
             )
@@ -214,7 +214,7 @@ def _perturbed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return changed
 
 
-def _checkpoint(target: Path, model: Path, version: Path) -> Path:
+def checkpoint_of(target: Path, model: Path, version: Path) -> Path:
     """A Hugging Face folder with the configuration of one and the weights of another."""
     target.mkdir()
     for file in model.iterdir():

@@ -19,6 +19,9 @@ ENGINE_IS_RIGHT = frozenset({"W1", "W2", "W3", "W5", "W15", "W16", "I1", "I2", "
 """Causes that would show in the engine's scores of given tokens: scores that agree rule them out."""
 VOIDING = {"I3", "I4", "I15"}
 NOT_A_NUMBER = re.compile(r"\bnan\b|not finite|infinit|out of range float", re.IGNORECASE)
+SELF_LIMIT = 1.5
+"""An engine may differ from itself by this many floors: in another batch shape it rounds as independently as a trainer
+does, and a few dozen tokens measure an rms to within a third."""
 FACTOR = 2.0
 """A probe that changes one factor must move the numbers this much more than changing nothing does."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +29,8 @@ class Workbench:
     scorer: Scorer
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    deadline: float | None = None
+    """Of time.monotonic, for the search of all settings together; set when the first is judged."""
 
     @classmethod
     def of(cls, check: CheckConfig, announce: Callable[[str], None]) -> Workbench:
@@ -93,7 +96,9 @@ class Workbench:
     def judge(self, setting: Setting, **knowledge: object) -> Judged:
         """Judge one setting; see SettingJudge.judge."""
         self.announce(f"judging {setting.case.label()}")
-        judged = SettingJudge(self.scorer, self.limits).judge(setting, **knowledge)  # type: ignore[arg-type]
+        if self.deadline is None:
+            self.deadline = time.monotonic() + self.check.search_s
+        judged = SettingJudge(self.scorer, self.limits, deadline=self.deadline).judge(setting, **knowledge)  # type: ignore[arg-type]
         if judged.note:
             self.notes.append(judged.note)
         return judged

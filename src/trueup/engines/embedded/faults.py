@@ -386,8 +386,8 @@ def dummy_table(site: Site, value: float) -> None:
 
 
 def torn_update(site: Site, steps: float) -> None:
-    """W11: for some steps only half of the tensors are new."""
-    swap, make, forward = site.runner.swap, site.runner.shadow, site.runner.forward
+    """W11: for some steps only half of the tensors are new; then the cache is cleared."""
+    swap, make, step = site.runner.swap, site.runner.shadow, site.loop.step
     waiting: list[tuple[int, Shadow]] = []
 
     def tear(shadow: Shadow) -> None:
@@ -397,14 +397,18 @@ def torn_update(site: Site, steps: float) -> None:
         swap(make(half))
         waiting[:] = [(int(steps), shadow)]
 
-    def mend(spans: Any, ids: Any) -> Tensor:
+    def mend() -> None:
         if waiting:
             left, shadow = waiting.pop()
-            swap(shadow) if left <= 0 else waiting.append((left - 1, shadow))
-        return forward(spans, ids)
+            if left > 0:
+                waiting.append((left - 1, shadow))
+            else:
+                swap(shadow)
+                site.loop.clear_cache()
+        step()
 
     site.put(site.runner, "swap", tear)
-    site.put(site.runner, "forward", mend)
+    site.put(site.loop, "step", mend)
 
 
 def stale_prefixes(site: Site) -> None:

@@ -1,0 +1,85 @@
+"""`trueup.parity.check_rollouts`: the check as a function, for a trainer of any framework, on lists or numpy arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from trueup.config import CheckConfig
+from trueup.errors import RecordError, TraceError
+from trueup.parity.assemble import merge
+from trueup.parity.grouping import group
+from trueup.parity.recipe import TRAINERS
+from trueup.parity.report import ParityReport
+from trueup.parity.run import check_rows
+from trueup.parity.trainer_check import Trainer, probe_trainer
+from trueup.parity.verdicts import SELF_LIMIT
+from trueup.parity.workbench import Workbench
+from trueup.trace import SCHEMA, Trace, TraceRow, parse_row
+
+ARRAYS = ("prompt_token_ids", "completion_token_ids", "completion_logprobs", "weight_versions")
+
+
+def _plain(values: Any) -> list[Any]:
+    """A list of Python numbers from a list, a tuple, a numpy array or a tensor."""
+    listed = values.tolist() if hasattr(values, "tolist") else list(values)
+    assert isinstance(listed, list)
+    return listed
+
+
+def rows_of(rows: Sequence[Mapping[str, Any]], trainer_logprobs: Sequence[Any] | None) -> tuple[TraceRow, ...]:
+    """Turn plain records into trace rows. Raises RecordError, naming the row, for one that cannot be used."""
+    if trainer_logprobs is not None and len(trainer_logprobs) != len(rows):
+        raise RecordError(f"{len(trainer_logprobs)} trainer_logprobs for {len(rows)} rows: pass one array a row")
+    found = []
+    for index, row in enumerate(rows):
+        record: dict[str, Any] = {"schema": SCHEMA, "sampling": {"temperature": 1.0}, "engine": {"name": "unknown"}}
+        record |= dict(row) | {name: _plain(row[name]) for name in ARRAYS if row.get(name) is not None}
+        if trainer_logprobs is not None:
+            record["trainer_logprobs"] = _plain(trainer_logprobs[index])
+        try:
+            found.append(parse_row(record, index + 1)[0])
+        except TraceError as error:
+            raise RecordError(f"row {index}: {error}") from None
+    if not found:
+        raise RecordError("no rows to check")
+    return tuple(found)
+
+
+def check_rollouts(
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    model: Path | str,
+    trainer_logprobs: Sequence[Any] | None = None,
+    trainer: Trainer | None = None,
+    **knobs: Any,
+) -> ParityReport:
+    """Check rollouts that are in memory.
+
+    `rows`: records with the fields of `trueup.trace/1` (prompt_token_ids, completion_token_ids, completion_logprobs in
+    nats; sampling, weight_versions, replica, engine as far as known), lists or arrays alike. `trainer_logprobs`: one
+    array [T] a row, in nats, what your trainer computed for the same tokens: it is compared with what this trainer
+    computes from `model` (a checkpoint folder), and a gap on its side is explained too (R2, R3, R4, T8). `trainer`:
+    your trainer as a function of rows, which is asked again with one thing changed (R1, R3, R4, R5). `knobs` are those
+    of CheckConfig, e.g. trainer="trl" under the name `kind`, dtype, checkpoints. Raises TrueupError when nothing can be
+    tested.
+    """
+    if "kind" in knobs:
+        knobs["trainer"] = knobs.pop("kind")
+    check = CheckConfig(model=Path(model), **knobs)
+    bench = Workbench.of(check, lambda message: None)
+    parsed = rows_of(rows, trainer_logprobs)
+    report = check_rows(bench, Trace(path=Path("rollouts"), rows=parsed, problems=()))
+    if trainer is None:
+        return report
+    trace = Trace(path=Path("rollouts"), rows=parsed, problems=())
+    settings = bench.fit_for_model(group(trace, TRAINERS[check.trainer], []))
+    limit = SELF_LIMIT * bench.floor_rms(settings[0])
+    probes, causes = probe_trainer(trainer, settings[0].rows, limit)
+    return replace(
+        report,
+        causes=tuple(merge(report.settings, causes)),
+        probes=(*report.probes, *(p.as_dict() for p in probes)),
+    )
