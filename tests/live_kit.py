@@ -13,7 +13,9 @@ from trueup.config import CheckConfig
 from trueup.engines.embedded.engine import EmbeddedEngine
 from trueup.engines.embedded.options import EngineOptions
 from trueup.engines.embedded.server import make_app
+from trueup.model.load import load_model
 from trueup.parity.live import check_engine
+from trueup.weights.store import WeightStore
 
 TOKEN = "t" * 24
 START_TIMEOUT_S = 60.0
@@ -33,6 +35,13 @@ class Live:
         faults = [{"name": name, "values": values}] if name else []
         answer = self.http.post("/control/faults", json={"faults": faults})
         assert answer.status_code == 200, answer.text
+
+    def restore(self) -> None:
+        """Load the checkpoint's own weights again, under a new number."""
+        store = WeightStore(self.folder / "weights")
+        version = max([self.engine.status().version, *store.versions()]) + 1
+        tensors = load_model(self.model, dtype=self.engine.options.dtype).stored_tensors()
+        self.engine.update_weights(store.publish(version, tensors).path, clear_cache=True)
 
     def check(self, **knobs):
         """Run `trueup check --engine`."""

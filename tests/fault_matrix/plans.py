@@ -259,7 +259,7 @@ PLANS: dict[str, Callable[[random.Random, World], Plan]] = {
 
 OUTSIDE: dict[str, Callable[[random.Random, World], Plan]] = {
     "skipped_layer": lambda r, w: Plan(faults=(("skipped_layer", {"index": float(r.randrange(w.layers))}),)),
-    "loose_norm": lambda r, w: Plan(faults=(("loose_norm", {"eps": round(r.uniform(2, 8), 2)}),)),
+    "other_activation": lambda r, w: Plan(faults=(("other_activation", {}),)),
     "silent_head": lambda r, w: Plan(faults=(("silent_head", {"index": float(r.randrange(w.heads))}),)),
     "blended_report": lambda r, w: Plan(faults=(("blended_report", {"share": round(r.uniform(0.2, 0.5), 2)}),)),
     "mirrored_state": lambda r, w: Plan(faults=(("mirrored_state", {"first": float(r.randrange(16, 60))}),)),

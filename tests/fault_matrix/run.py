@@ -24,7 +24,8 @@ OUT = ROOT / "docs" / "fault-matrix.jsonl"
 KNOBS: dict[str, dict[str, object]] = {"tiny": {}, "smollm2": {"prompts": 12, "tokens": 24}}
 CLEAN = (
     "", "temperature=1.0", "temperature=0.6", "temperature=1.3", "temperature=0.8,top_p=0.9",
-    "temperature=1.2,top_k=20", "temperature=0.9,min_p=0.05", "temperature=0.8,repetition_penalty=1.2", "temperature=1.0,presence_penalty=0.7",
+    "temperature=1.2,top_k=20", "temperature=0.9,min_p=0.05", "temperature=0.8,repetition_penalty=1.2",
+    "temperature=1.0,presence_penalty=0.7",
 )  # fmt: skip
 MODEL_SEEDS = 5
 

@@ -72,7 +72,7 @@ class ProbeClient:
 
     def __init__(self, url: str, *, token: str | None = None, timeout_s: float = 60.0) -> None:
         """Connect and ask the server what it is. Raises EngineError when nobody answers in time."""
-        self.timeout_s = timeout_s
+        self.timeout_s, self.token = timeout_s, token
         self.http = HttpClient(url, token=token)
         self.url = self.http.url
         self.facts = self._identify()

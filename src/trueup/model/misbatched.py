@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from trueup.errors import ModelError
 from trueup.model.load import LoadedModel
 from trueup.model.scoring import ScoredRow
 
@@ -45,12 +46,17 @@ def padding_attended(model: LoadedModel, rows: Sequence[ScoredRow]) -> list[Tens
 
 
 def leaking_pack(model: LoadedModel, rows: Sequence[ScoredRow]) -> list[Tensor]:
-    """Rows packed one after another under one causal mask: each sees all before it."""
+    """Rows packed one after another under one causal mask: each sees all before it.
+
+    Raises ModelError when the pack is longer than the model's positions.
+    """
     ids: list[int] = []
     starts = []
     for row in rows:
         starts.append(len(ids) + len(row.prompt_ids) - 1)
-        ids += (row.prompt_ids + row.completion_ids)[:-1]
+        ids += row.prompt_ids + row.completion_ids
+    if model.max_positions is not None and len(ids) > model.max_positions:
+        raise ModelError(f"a pack of {len(ids)} tokens exceeds the model's {model.max_positions} positions")
     hidden_LD = model.body(torch.tensor([ids], device=model.weight_VD.device), use_cache=False).last_hidden_state[0]
     return [hidden_LD[s : s + len(row.completion_ids)].clone() for s, row in zip(starts, rows, strict=True)]
 

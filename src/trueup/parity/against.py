@@ -10,17 +10,20 @@ from pathlib import Path
 import torch
 
 from trueup.config import CheckConfig
-from trueup.errors import RecordError, TraceError, TrueupError
+from trueup.engines.probe_http import Answer, ProbeClient
+from trueup.errors import EngineError, RecordError, TraceError, TrueupError
 from trueup.model.load import checkpoint_dtype
 from trueup.parity.evidence import ENGINE, REFERENCE, TRAINER
 from trueup.parity.floor import judge, predict
 from trueup.parity.grouping import arithmetic, group
 from trueup.parity.invariants import well_formed
+from trueup.parity.probes import outcome, paired, scored
 from trueup.parity.report import SCHEMA, ParityReport
 from trueup.parity.scorer import Scorer
 from trueup.trace import TraceRow, read_trace
 from trueup.types import LogprobKind, parse_sampling
 
+URLS = ("http://", "https://")
 BASELINE_FACTOR = 1.25
 """Rms growth over a baseline that counts as a regression."""
 
@@ -102,6 +105,29 @@ def against_trace(check: CheckConfig, other: Path) -> dict[str, object]:
     text = f"{outcome} with {other}: {len(gap_T)} shared tokens, mean |r| {mean_abs:.3g} ({' | '.join(settings)})"
     gap = {"tokens": len(gap_T), "mean_abs": mean_abs}
     return {"kind": "trace", "path": str(other), "verdict": outcome, "gap": gap, "settings": settings, "text": text}
+
+
+def against_engine(
+    check: CheckConfig, token: str | None, scores: Sequence[TraceRow], limit_rms: float
+) -> dict[str, object] | None:
+    """Another engine's scores of the same tokens, raw at T=1, next to this one's; None if `check` names no URL.
+
+    Raises EngineError when either engine cannot score given tokens.
+    """
+    if not (check.against or "").startswith(URLS):
+        return None
+    other = ProbeClient(str(check.against), token=token, timeout_s=check.request_timeout_s)
+    try:
+        theirs = scored(other, scores, together=True)
+    finally:
+        other.close()
+    ours = [Answer(ids=r.completion_token_ids, logprobs=r.completion_logprobs) for r in scores]
+    probe = outcome("against", paired(theirs, ours), limit_rms, "same tokens, raw at T=1")
+    if probe.gap is None or not probe.gap.tokens:
+        raise EngineError(f"--against {other.url}: one of the engines does not score given tokens (prompt_logprobs)")
+    verdict = "mismatch" if probe.differs else "agree"
+    text = f"{verdict} with {other.facts.info.title()} at {other.url}: {probe.text}"
+    return {"kind": "engine", "path": other.url, "verdict": verdict, "gap": probe.gap.as_dict(), "text": text}
 
 
 def against_baseline(report: ParityReport, other: Path) -> dict[str, object]:

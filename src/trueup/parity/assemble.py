@@ -30,9 +30,10 @@ def merge(reports: Sequence[SettingReport], probed: Sequence[Cause] = ()) -> lis
 
 
 def ruled_out(reports: Sequence[SettingReport], named: Sequence[Cause], probed: Sequence[str] = ()) -> list[str]:
-    """Ids that every setting ruled out, or a probe did, in catalogue order."""
-    everywhere = set.intersection(*(set(r.ruled_out) for r in reports)) if reports else set()
-    return sorted((everywhere | set(probed)) - {c.id for c in named}, key=order_of)
+    """Ids that a setting or a probe ruled out, and that no other setting leaves possible, in catalogue order."""
+    somewhere = {i for r in reports for i in r.ruled_out}
+    possible = {i for r in reports for group in r.ambiguous for i in group} | {c.id for c in named}
+    return sorted((somewhere | set(probed)) - possible, key=order_of)
 
 
 def untested(reports: Sequence[SettingReport], tested: Sequence[str], missing: Mapping[str, str]) -> dict[str, str]:

@@ -290,7 +290,7 @@ class Attributor:
         before = self.held_loss(self.base)
 
         def share(candidate: _Candidate) -> float:
-            fitted = any(e.hypothesis.simulates and not e.hypothesis.numeric for e in candidate.path)
+            fitted = any(e.hypothesis.simulates and e.hypothesis.refine for e in candidate.path)
             return COMPLETE_SHARE if complete else COSTLY_SHARE if fitted else PARTIAL_SHARE
 
         kept = [

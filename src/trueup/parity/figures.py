@@ -29,7 +29,7 @@ def _svg(draw: Callable[[Axes], None]) -> str:
         axes.spines[["top", "right"]].set_visible(False)
         draw(axes)
         out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None})
+        figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return re.sub(r"<\?xml.*?<svg", "<svg", out.getvalue(), flags=re.DOTALL)
 
 

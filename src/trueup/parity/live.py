@@ -16,8 +16,9 @@ from pathlib import Path
 from trueup import env
 from trueup.config import CheckConfig
 from trueup.engines.probe_http import Answer, EngineFacts, ProbeClient
-from trueup.errors import EngineError
+from trueup.errors import ConfigError, EngineError
 from trueup.parity import verdicts
+from trueup.parity.against import URLS, against_baseline, against_engine
 from trueup.parity.assemble import merge, ruled_out, untested
 from trueup.parity.attribution import Attribution
 from trueup.parity.grouping import Setting, group, looks_like_float32
@@ -27,6 +28,7 @@ from trueup.parity.prompts import Prompts, make_prompts
 from trueup.parity.recipe import TRAINERS
 from trueup.parity.report import Cause, ParityReport, SettingReport
 from trueup.parity.run import advice
+from trueup.parity.trainer_check import probe_trainer
 from trueup.parity.update_probe import UpdateProbe
 from trueup.parity.workbench import Workbench
 from trueup.trace import Trace, TraceRow
@@ -86,10 +88,16 @@ class LiveCheck:
         self._explicit_against_omitted(prompts, settings[-1], answers[str(settings[-1])], floor)
         self.progress("comparing with the trainer", 0.6)
         reports = self._judge(scoring, groups)
+        limit = self.bench.limits.rms_factor * floor
+        against = against_engine(self.check, self.clients[0].token, scores, limit)
         self._cache(prompts, floor, reports)
+        self._own_trainer(scoring or groups[0], floor)
         self._updates(prompts, floor)
         self.progress("done", 1.0)
-        return self._report(reports, groups, started)
+        report = self._report(reports, groups, started)
+        if self.check.against and against is None:
+            against = against_baseline(report, Path(self.check.against))
+        return replace(report, against=against)
 
     def _prompts(self) -> Prompts:
         scorer = self.bench.scorer
@@ -280,12 +288,24 @@ class LiveCheck:
             self.clients[0], prompts.long, limit_rms=verdicts.SELF_LIMIT * floor, salt=str(self._salt())
         )
         self.probes.append(probe)
-        lost = any(c.id == "S9" for r in reports for c in r.causes)
+        lost = any(c.id in verdicts.IN_REPORTING for r in reports for c in r.causes)
         found = verdicts.cached(probe, self.causes, updated=bool(self.facts.version), lost=lost)
         self.causes += found
         if not found and probe.gap is not None and probe.gap.tokens:
             self.not_there.add("I5")
         self.missing["W12"] = "needs an update of the weights (--allow-updates)"
+
+    def _own_trainer(self, setting: Setting, floor: float) -> None:
+        """The trainer of this check against itself; a trainer of yours is asked by `check_rollouts`."""
+        own = {"R1", "R2", "R3", "R4", "R5"}
+        if self.quick:
+            self.missing |= dict.fromkeys(own, "left out of a quick check (--full)")
+            return
+        rows = setting.rows[:FEW]
+        probes, causes = probe_trainer(self.bench.scorer.afresh, rows, verdicts.SELF_LIMIT * floor)
+        self.probes += probes
+        self.causes += causes
+        self.not_there |= own - {c.id for c in causes}
 
     def _updates(self, prompts: Prompts, floor: float) -> None:
         why = "needs an update of the weights (--allow-updates)"
@@ -316,6 +336,9 @@ class LiveCheck:
             "tokens": sum(r.tokens for r in reports), "environment": env.describe(),
             "allow_updates": self.check.allow_updates,
         }  # fmt: skip
+        if len(self.clients) > 1:
+            self.not_there.add("W9")
+        self.missing["W9"] = "one engine was given; repeat --engine for each replica"
         absent = sorted(self.not_there - {c.id for c in causes})
         named = [c.id for c in causes]
         return ParityReport(
@@ -337,6 +360,11 @@ def check_engine(
     `progress` gets what is under way and the share of the check that is done.
     """
     token = None if check.token_file is None else _token(check.token_file)
+    baseline = check.against
+    if baseline and not baseline.startswith(URLS) and not (baseline.endswith(".json") and Path(baseline).is_file()):
+        raise ConfigError(
+            f"--against {baseline}: with --engine, name another engine's URL or a report.json that exists"
+        )
     with ExitStack() as stack:
         clients = []
         for url in check.engine:

@@ -264,6 +264,15 @@ class Scorer:
             chosen.append(TokenScores(**columns))
         return chosen
 
+    def afresh(self, rows: Sequence[TraceRow]) -> list[list[float]]:
+        """Raw logprobs of rows by the trainer, in one batch and without memory: what a trainer's own pass gives."""
+        scored = [ScoredRow(prompt_ids=r.prompt_token_ids, completion_ids=r.completion_token_ids) for r in rows]
+        hidden_TD = torch.cat(hidden_states(self.model(self.trainer.body), scored, batch_rows=len(rows)))
+        values = self._score(TRAINER, hidden_TD, Tokens.of(rows), [Distribution()])[0].logprobs_T.split(
+            [len(r.completion_token_ids) for r in rows]
+        )
+        return [v.tolist() for v in values]
+
     def batch_shape_noise(self, rows: Sequence[TraceRow], case: Case) -> float:
         """Rms difference in nats between the trainer's batched pass and the same rows one at a time."""
         tokens = Tokens.of(rows)

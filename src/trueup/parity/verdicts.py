@@ -17,11 +17,16 @@ SAMPLING_ONLY = frozenset({"S1", "S2", "S3", "S4", "S5", "S6", "S7", "T7", "W10"
 """Causes that cannot show in the engine's scores of given tokens: nothing is sampled there."""
 ENGINE_IS_RIGHT = frozenset({"W1", "W2", "W3", "W5", "W15", "W16", "I1", "I2", "I6", "I8", "I9", "I12", "I14"})
 """Causes that would show in the engine's scores of given tokens: scores that agree rule them out."""
+IN_REPORTING = frozenset({"S8", "S9", "S10", "T1", "T7"})
+"""Causes in how numbers are read and sent: answers that draw other tokens then differ in numbers before that too."""
 VOIDING = {"I3", "I4", "I15"}
 NOT_A_NUMBER = re.compile(r"\bnan\b|not finite|infinit|out of range float", re.IGNORECASE)
 SELF_LIMIT = 1.5
 """An engine may differ from itself by this many floors: in another batch shape it rounds as independently as a trainer
 does, and a few dozen tokens measure an rms to within a third."""
+HALF = 0.5
+NEARLY_ALL = 0.9
+"""Share of mean |r| beyond which a setting's own causes account for what probes see."""
 FACTOR = 2.0
 """A probe that changes one factor must move the numbers this much more than changing nothing does."""
 
@@ -76,7 +81,9 @@ def generation_against_scoring(reports: Sequence[SettingReport], causes: Sequenc
     if known or {c.id for c in causes} & VOIDING or not first_tokens_fit(plain):
         return None
     far, near = plain.gap.get("mean_abs"), scoring.gap.get("mean_abs")
-    share = 1 - near / far if isinstance(far, float) and isinstance(near, float) and far else None
+    share = 1 - near / far if isinstance(far, float) and isinstance(near, float) and far else 0.0
+    if share < HALF:
+        return None
     return _cause(
         "I4", "inference", "decoding computes something else than scoring the same tokens does",
         "compare the decode kernel with prefill: --enforce-eager, no chunked prefill, another attention backend",
@@ -98,13 +105,26 @@ def not_explained_by(reports: Sequence[SettingReport], causes: Sequence[Cause]) 
     """Leave out what a probe saw of the engine's noise where a setting's causes account for all of its gap: then the
     noise is theirs (a number lost at random, logits rounded to a coarse grid)."""
     plain = next((r for r in reports if r.label == "temperature=1"), None)
-    if plain is None or plain.unexplained is not None or not any(c.explained for c in plain.causes):
+    explained = sum(c.explained or 0.0 for c in plain.causes) if plain is not None else 0.0
+    if explained < NEARLY_ALL:
         return list(causes)
     return [c for c in causes if c.id not in VOIDING]
 
 
+def _without_guesses(report: SettingReport) -> SettingReport:
+    kept = tuple(c for c in report.causes if c.layer != "semantic" or c.confidence == "high")
+    return replace(report, causes=kept)
+
+
 def settle(reports: Sequence[SettingReport], causes: Sequence[Cause]) -> list[SettingReport]:
-    """Where a probe has shown why numbers move, guesses from those numbers are dropped."""
+    """Drop guesses that other evidence speaks against.
+
+    Where a probe has shown why numbers move, incomplete explanations from those numbers are void; where the engine's
+    own scores are off for no known reason, so is half an explanation by how tokens are sampled.
+    """
+    scoring = next((r for r in reports if "scores]" in r.label), None)
+    if scoring is not None and scoring.unexplained is not None and not scoring.causes:
+        reports = [_without_guesses(r) for r in reports]
     if not {c.id for c in causes} & VOIDING:
         return list(reports)
     return [
@@ -116,7 +136,7 @@ def settle(reports: Sequence[SettingReport], causes: Sequence[Cause]) -> list[Se
 def cached(probe: Probed, causes: Sequence[Cause], *, updated: bool, lost: bool) -> list[Cause]:
     """I5 if a cached prompt and a fresh one differ; on a server that was updated before it may as well be W12.
 
-    Not when decoding itself is off (a cached prompt ends in a decoding step), or numbers get `lost` at random.
+    Not when decoding itself is off (a cached prompt ends in a decoding step), or numbers get `lost` on the way.
     """
     if not probe.differs or {c.id for c in causes} & {"I15", "I4"} or lost:
         return []

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from trueup.engines.embedded.completions import CompletionWriter
-from trueup.engines.embedded.fused import FusedBody, _Norm
+from trueup.engines.embedded.fused import FusedBody, _Norm, _Product
 from trueup.engines.embedded.layout import StepLayout
 from trueup.engines.embedded.options import Fault
 from trueup.engines.embedded.runner import Shadow
@@ -536,11 +536,12 @@ def window(site: Site, width: float) -> None:
 
 
 def not_finite(site: Site, share: float, seed: float = 0.0) -> None:
-    """I11: states turn into NaN now and then."""
+    """I11: now and then a token's state turns into NaN."""
     chance = random.Random(seed)
 
     def spoil(states_TD: Tensor, spans: Sequence[Any]) -> Tensor:
-        return states_TD * math.nan if chance.random() < share else states_TD
+        lost_T1 = torch.tensor([[chance.random() < share] for _ in states_TD])
+        return states_TD.masked_fill(lost_T1, math.nan)
 
     site.states(spoil)
 
@@ -610,9 +611,21 @@ def skipped_layer(site: Site, index: float) -> None:
     site.bodies(skip)
 
 
-def loose_norm(site: Site, eps: float) -> None:
-    """The last norm divides by a larger number."""
-    site.bodies(lambda body: setattr(body, "norm", _Norm(weight=body.norm.weight, eps=eps)))
+class _Gelu(_Product):
+    """A product through another activation."""
+
+    def __call__(self, states_TD: Tensor, *, activation: str = "none") -> Tensor:
+        return super().__call__(states_TD, activation="gelu")
+
+
+def other_activation(site: Site) -> None:
+    """The gate goes through GELU instead of SiLU."""
+
+    def change(body: FusedBody) -> None:
+        gates = (_Gelu(weight=layer.gate.weight, bias=layer.gate.bias) for layer in body.layers)
+        body.layers = [replace(layer, gate=gate) for layer, gate in zip(body.layers, gates, strict=True)]
+
+    site.bodies(change)
 
 
 def silent_head(site: Site, index: float) -> None:
@@ -650,7 +663,7 @@ FAULTS: dict[str, Callable[..., None]] = {
         synthetic_end, cut_prompts, padded_vocabulary, ignored_sync, late_sync, partial_sync, repeated_repack,
         dummy_table, torn_update, stale_prefixes, stale_head, bf16_rounding, bf16_head, crosstalk, decode_drift,
         rounded_prefixes, kv_float8, rope_theta, rope_linear, window, not_finite, attention_scale, skips_first,
-        skips_self, softcap, logit_scale, embedding_scale, noise, skipped_layer, loose_norm, silent_head,
+        skips_self, softcap, logit_scale, embedding_scale, noise, skipped_layer, other_activation, silent_head,
         blended_report, mirrored_state,
     )
 }  # fmt: skip

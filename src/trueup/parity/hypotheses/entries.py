@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from trueup.parity.evidence import ENGINE, EngineModel, Evidence, snap
+from trueup.parity.evidence import ENGINE, EngineModel, Evidence, skipped, snap
 from trueup.parity.hypotheses import Hypothesis, Variant
 
 GRIDS = ("1 decimals", "2 decimals", "3 decimals", "4 decimals", "bf16", "fp16")
@@ -33,6 +33,9 @@ def placeholders(evidence: Evidence) -> dict[float, int]:
     scores = evidence.scores(ENGINE, evidence.case.processed)
     certain_T = (scores.kept_T == 1) | (scores.logprobs_T > -1e-3)
     impossible_T = (engine_T > 1e-3) | (engine_T < SENTINEL) | ((engine_T == 0.0) & ~certain_T)
+    last_T = skipped(evidence.tokens, "last")
+    if bool((last_T | ~impossible_T).all()):  # an end token of its own, not a number that got lost: T7
+        return {}
     counts = Counter(engine_T[impossible_T & torch.isfinite(engine_T)].tolist())
     return {value: count for value, count in counts.items() if count >= PLACEHOLDER_REPEATS}
 

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from trueup.model.substitute import EVERYTHING, HEAD
-from trueup.parity.evidence import EXACT, STAMPED, EngineModel, Evidence
+from trueup.parity.evidence import EXACT, STAMPED, EngineModel, Evidence, render, skipped
 from trueup.parity.hypotheses import Hypothesis, Variant
 
+TORN = 2.0
+"""Tokens next to a switch of versions that are this many times as far off as the rest were made by neither."""
 NO_CHECKPOINTS = "needs older weights to compare with (--checkpoints DIR...)"
 
 
@@ -84,20 +88,32 @@ def _dummy_table(evidence: Evidence, model: EngineModel) -> list[Variant]:
     ]
 
 
-def _stamps(evidence: Evidence, model: EngineModel) -> list[Variant]:
+def _own_versions(evidence: Evidence, model: EngineModel) -> tuple[EngineModel, bool] | None:
+    """Every token under its stamped version, and whether tokens next to a switch are off by far more than the rest."""
     if not model.source.plain or not evidence.facts.stamped:
+        return None
+    stamped = replace(model, source=replace(EXACT, weights=(STAMPED, EVERYTHING)))
+    whole = evidence.everything
+    off_T = (render(whole, stamped) - whole.tokens.engine_T).abs()
+    near_T, finite_T = skipped(whole.tokens, "boundary"), torch.isfinite(off_T)
+    near, far = off_T[near_T & finite_T], off_T[~near_T & finite_T]
+    torn = len(near) > 0 and len(far) > 0 and float(near.mean()) > TORN * float(far.mean())
+    return stamped, torn
+
+
+def _stamps(evidence: Evidence, model: EngineModel) -> list[Variant]:
+    found = _own_versions(evidence, model)
+    if found is None or found[1]:
         return []
-    return [_under(model, STAMPED, EVERYTHING, "every token fits the version stamped on it")]
+    return [Variant(model=found[0], detail="every token fits the version stamped on it")]
 
 
 def _torn(evidence: Evidence, model: EngineModel) -> list[Variant]:
-    return [
-        Variant(
-            model=replace(v.model, skip="boundary"),
-            detail="tokens fit the version stamped on them, except next to where it changes",
-        )
-        for v in _stamps(evidence, model)
-    ]
+    found = _own_versions(evidence, model)
+    if found is None or not found[1]:
+        return []
+    detail = "tokens fit the version stamped on them, except next to where it changes"
+    return [Variant(model=replace(found[0], skip="boundary"), detail=detail)]
 
 
 def _needs_checkpoints(evidence: Evidence) -> str | None:

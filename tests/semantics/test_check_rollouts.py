@@ -1,0 +1,195 @@
+"""`check_rollouts` on lists and arrays, with trainers that really go wrong: dropout, padding, packs, end tokens."""
+
+import numpy as np
+import pytest
+import torch
+from tests.plain_engine import PlainEngine, make_tiny_checkpoint
+
+from trueup.errors import RecordError
+from trueup.parity import check_rollouts
+from trueup.trace import read_trace
+
+PAD = 0
+
+
+class PlainTrainer:
+    """A transformers model scoring batches the ordinary way; `mistake` says what is wrong with it."""
+
+    def __init__(self, folder, mistake="", *, batch=8):
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        self.mistake, self.batch = mistake, batch
+        self.generator = torch.Generator().manual_seed(0)
+
+    @torch.no_grad()
+    def __call__(self, rows):
+        found = []
+        for at in range(0, len(rows), self.batch):
+            found += self._batch(rows[at : at + self.batch])
+        return found
+
+    def _batch(self, rows):
+        sequences = [list(r.prompt_token_ids) + list(r.completion_token_ids) for r in rows]
+        if self.mistake == "pack":
+            flat = torch.tensor([i for s in sequences for i in s])
+            logits = self.model(flat[None]).logits[0]
+            starts = np.cumsum([0, *map(len, sequences)])[:-1]
+            return [self._read(logits[s : s + len(q)], q, r) for s, q, r in zip(starts, sequences, rows, strict=True)]
+        width = max(map(len, sequences))
+        left = self.mistake in ("positions", "attended")
+        ids = torch.full((len(rows), width), PAD)
+        mask = torch.zeros_like(ids)
+        for i, q in enumerate(sequences):
+            at = slice(width - len(q), width) if left else slice(0, len(q))
+            ids[i, at], mask[i, at] = torch.tensor(q), 1
+        if self.mistake == "attended":
+            mask[:] = 1
+        extra = {"position_ids": torch.arange(width).expand(len(rows), -1)} if left else {}
+        logits = self.model(ids, attention_mask=mask, **extra).logits
+        if self.mistake == "dropout":
+            logits = logits * (1 + 0.05 * torch.randn(logits.shape, generator=self.generator))
+        if self.mistake == "shape":
+            logits = logits * (1 + 0.02 * len(rows))
+        parts = [logits[i, width - len(q) :] if left else logits[i, : len(q)] for i, q in enumerate(sequences)]
+        return [self._read(z, q, r) for z, q, r in zip(parts, sequences, rows, strict=True)]
+
+    def _read(self, logits, sequence, row):
+        first = len(row.prompt_token_ids)
+        values = logits.log_softmax(-1)[first - 1 : -1].gather(1, torch.tensor(sequence[first:])[:, None])[:, 0]
+        if self.mistake == "end":
+            values = torch.where(torch.tensor(sequence[first:]) == 2, 0.0, values)
+        return values.tolist()
+
+
+@pytest.fixture(scope="module")
+def rows(tiny_model, tmp_path_factory):
+    path = PlainEngine(tiny_model).trace(tmp_path_factory.mktemp("r") / "t.jsonl", {"temperature": 1.0}, rows=12)
+    found = read_trace(path).rows
+    return [
+        {
+            "prompt_token_ids": list(r.prompt_token_ids[: 4 + i % 5]) if i else list(r.prompt_token_ids),
+            "completion_token_ids": list(r.completion_token_ids),
+            "completion_logprobs": list(r.completion_logprobs),
+            "sampling": dict(r.sampling),
+        }
+        for i, r in enumerate(found)
+    ]
+
+
+@pytest.fixture(scope="module")
+def engine_rows(tiny_model, rows):
+    """The same rows, prompts of different lengths, with numbers an engine without fault would report."""
+    from types import SimpleNamespace
+
+    trainer = PlainTrainer(tiny_model, batch=1)
+    values = trainer([SimpleNamespace(**r) for r in rows])
+    return [r | {"completion_logprobs": v} for r, v in zip(rows, values, strict=True)]
+
+
+def ids(report):
+    return [c.id for c in report.causes]
+
+
+@pytest.mark.parametrize(
+    "kind", [list, np.array, lambda v: torch.tensor(v, dtype=torch.float64)], ids=["list", "numpy", "torch"]
+)
+def test_a_clean_trainer_agrees_whatever_the_arrays_are(tiny_model, engine_rows, kind):
+    ours = [kind(r["completion_logprobs"]) for r in engine_rows]
+    arrays = [r | {"completion_logprobs": kind(r["completion_logprobs"])} for r in engine_rows]
+    report = check_rollouts(arrays, model=tiny_model, trainer_logprobs=ours)
+    assert report.verdict == "agree" and not report.causes, report.as_dict()
+    assert any("your trainer's numbers are ours" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(("mistake", "cause"), [("pack", "R3"), ("attended", "R4")])
+def test_logged_numbers_of_a_wrong_trainer_are_explained(tiny_model, engine_rows, mistake, cause):
+    from types import SimpleNamespace
+
+    logged = PlainTrainer(tiny_model, mistake, batch=4)([SimpleNamespace(**r) for r in engine_rows])
+    report = check_rollouts(engine_rows, model=tiny_model, trainer_logprobs=logged)
+    assert ids(report) == [cause], [c.as_dict() for c in report.causes]
+    assert "4 rows a batch" in report.causes[0].evidence
+
+
+def test_positions_that_count_padding_are_found_where_positions_are_absolute(tmp_path):
+    """Rotary positions are relative and hide this mistake; GPT-2's are not."""
+    from types import SimpleNamespace
+
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=96,
+        n_positions=256,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    chooser = np.random.default_rng(0)
+    plain = [
+        {
+            "prompt_token_ids": chooser.integers(3, 90, 4 + 3 * i).tolist(),
+            "completion_token_ids": chooser.integers(3, 90, 16).tolist(),
+        }
+        for i in range(12)
+    ]
+    spaces = [SimpleNamespace(**r) for r in plain]
+    right = PlainTrainer(tmp_path / "gpt2", batch=1)(spaces)
+    rows = [r | {"completion_logprobs": v} for r, v in zip(plain, right, strict=True)]
+    wrong = PlainTrainer(tmp_path / "gpt2", "positions", batch=4)(spaces)
+    report = check_rollouts(rows, model=tmp_path / "gpt2", trainer_logprobs=wrong)
+    assert ids(report) == ["R2"], [c.as_dict() for c in report.causes]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "cause"), [("", None), ("dropout", "R1"), ("pack", "R3"), ("attended", "R4"), ("shape", "R5")]
+)
+def test_a_trainer_that_can_be_asked_again_is_probed(tiny_model, engine_rows, mistake, cause):
+    report = check_rollouts(engine_rows, model=tiny_model, trainer=PlainTrainer(tiny_model, mistake))
+    assert ids(report) == ([cause] if cause else []), ([c.as_dict() for c in report.causes], report.probes)
+
+
+def test_end_tokens_taken_for_padding_are_t8(tiny_model, engine_rows):
+    from types import SimpleNamespace
+
+    ended = [r | {"completion_token_ids": [*r["completion_token_ids"][:-1], 2]} for r in engine_rows]
+    spaces = [SimpleNamespace(**r) for r in ended]
+    right, wrong = PlainTrainer(tiny_model, batch=1)(spaces), PlainTrainer(tiny_model, "end")(spaces)
+    rows = [r | {"completion_logprobs": v} for r, v in zip(ended, right, strict=True)]
+    report = check_rollouts(rows, model=tiny_model, trainer_logprobs=wrong)
+    assert ids(report) == ["T8"], [c.as_dict() for c in report.causes]
+
+
+def test_staleness_is_not_called_a_mismatch_of_the_backend(tiny_model, engine_rows, tmp_path):
+    from types import SimpleNamespace
+
+    older = make_tiny_checkpoint(tmp_path / "older", seed=9)
+    old = PlainTrainer(older, batch=1)([SimpleNamespace(**r) for r in engine_rows])
+    mixed = []
+    for i, row in enumerate(engine_rows):
+        lagged = i % 2 == 0
+        count = len(row["completion_token_ids"])
+        mixed.append(
+            row
+            | {
+                "completion_logprobs": old[i] if lagged else row["completion_logprobs"],
+                "weight_versions": [3 if lagged else 5] * count,
+            }
+        )
+    report = check_rollouts(mixed, model=tiny_model)
+    assert ids(report) == ["O7"], [c.as_dict() for c in report.causes]
+    assert "2 versions" in report.causes[0].evidence
+
+
+def test_bad_rows_are_refused_by_number(tiny_model, engine_rows):
+    with pytest.raises(RecordError, match="row 1: prompt_token_ids"):
+        check_rollouts([engine_rows[0], {"completion_token_ids": [1], "completion_logprobs": [-1.0]}], model=tiny_model)
+    with pytest.raises(RecordError, match="1 trainer_logprobs for 12 rows"):
+        check_rollouts(engine_rows, model=tiny_model, trainer_logprobs=[[-1.0]])
+    with pytest.raises(RecordError, match="no rows"):
+        check_rollouts([], model=tiny_model)

@@ -1,0 +1,187 @@
+"""The live check against a served engine that really misbehaves: one fault of each kind of evidence, and none at all.
+
+The whole catalogue with random numbers is the fault matrix (tests/fault_matrix).
+"""
+
+import json
+import re
+
+import pytest
+import torch
+from tests.engine_kit import publish_perturbed
+from tests.live_kit import TOKEN, served
+
+from trueup.errors import ConfigError
+from trueup.model.tiny import make_tiny
+from trueup.parity.html import render_html
+from trueup.parity.prompts import make_prompts
+from trueup.parity.report import write_json
+from trueup.parity.update_probe import checkpoint_of
+from trueup.weights.store import WeightStore
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("m") / "tiny", seed=3)
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def live(request, tiny, tmp_path_factory):
+    with served(tiny, tmp_path_factory.mktemp("live"), dtype=request.param) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def healed(request):
+    yield
+    if "live" in request.fixturenames:
+        running = request.getfixturevalue("live")
+        running.plant()
+        if running.engine.status().version:
+            running.restore()
+
+
+def ids(report):
+    return [c.id for c in report.causes]
+
+
+def test_a_clean_engine_agrees_and_every_id_is_accounted_for(live):
+    from trueup.parity.catalogue import IMPLEMENTED, NOT_IMPLEMENTED
+
+    report = live.check()
+    assert report.exit_code == 0 and not report.causes, report.as_dict()
+    assert not any(p["differs"] for p in report.probes)
+    assert [p["name"] for p in report.probes] == [
+        "repeat",
+        "batch",
+        "defaults",
+        "cache",
+        "trainer twice",
+        "trainer alone",
+    ]
+    accounted = {*report.ruled_out, *report.untested}
+    assert set(NOT_IMPLEMENTED) <= set(report.untested)
+    missing = set(IMPLEMENTED) - accounted
+    assert not missing, f"neither ruled out nor listed as untested: {sorted(missing)}"
+
+
+FAULTS = [
+    ("raw_logprobs", {}, {}, "S1"),
+    ("hidden_defaults", {"top_k": 20.0}, {"sampling": "temperature=0.8"}, "S5"),
+    ("logit_bias", {"ids": "40 50", "nats": 2.0}, {"sampling": "temperature=1.0"}, "S6"),
+    ("shifted", {"by": 1.0}, {}, "T1"),
+    ("double_bos", {"bos": 1.0}, {}, "T4"),
+    ("cut_prompts", {"last": 17.0}, {}, "T9"),
+    ("dummy_table", {"value": 0.0}, {}, "W5"),
+    ("crosstalk", {"share": 0.15}, {}, "I3"),
+    ("decode_drift", {"factor": 1.8}, {}, "I4"),
+    ("rounded_prefixes", {"kind": "e5m2"}, {}, "I5"),
+    ("kv_float8", {"kind": "e5m2"}, {}, "I6"),
+    ("window", {"width": 19.0}, {}, "I9"),
+    ("softcap", {"cap": 6.0}, {}, "I14"),
+    ("noise", {"share": 0.1}, {}, "I15"),
+    ("ignored_sync", {}, {"allow_updates": True}, "W1"),
+    ("partial_sync", {"pattern": "v_proj"}, {"allow_updates": True}, "W3"),
+    ("repeated_repack", {"pattern": "q_proj", "factor": 1.3}, {"allow_updates": True}, "W4"),
+    ("stale_prefixes", {}, {"allow_updates": True}, "W12"),
+    ("stale_head", {}, {"allow_updates": True}, "W15"),
+]
+
+
+@pytest.mark.parametrize(("fault", "values", "knobs", "cause"), FAULTS, ids=lambda v: v if isinstance(v, str) else "")
+def test_a_planted_fault_is_named_first(live, fault, values, knobs, cause):
+    live.plant(fault, **values)
+    report = live.check(**knobs)
+    assert ids(report)[:1] == [cause], ([c.as_dict() for c in report.causes], report.notes)
+    assert fault in str(report.header["flags"]["faults"])
+
+
+def test_updates_are_put_back_and_that_is_said(live):
+    before = live.engine.status().model_digest
+    report = live.check(allow_updates=True)
+    assert report.verdict == "agree" and "W4" in report.ruled_out and "W12" in report.ruled_out
+    assert any("restored and verified" in note for note in report.notes)
+    assert live.engine.status().model_digest == before
+
+
+def test_weights_of_another_version_are_found_among_the_checkpoints(live, tiny, tmp_path):
+    store = WeightStore(tmp_path / "w")
+    dtype = live.engine.options.dtype
+    versions = [publish_perturbed(store, tiny, v, scale=0.2, dtype=dtype) for v in (7, 8)]
+    newest = checkpoint_of(tmp_path / "newest", tiny, versions[1].path)
+    report = live.check(model=newest, checkpoints=(tiny, versions[0].path))
+    assert ids(report) == ["W1"] and "tiny" in report.causes[0].evidence
+
+
+def test_faults_are_refused_unless_allowed(tiny, tmp_path):
+    import httpx
+    from fastapi.testclient import TestClient
+
+    from trueup.engines.embedded.engine import EmbeddedEngine
+    from trueup.engines.embedded.options import EngineOptions
+    from trueup.engines.embedded.server import make_app
+
+    engine = EmbeddedEngine(tiny, EngineOptions(dtype=torch.float32))
+    try:
+        client = TestClient(make_app(engine, TOKEN), headers={"Authorization": f"Bearer {TOKEN}"})
+        answer: httpx.Response = client.post(
+            "/control/faults", json={"faults": [{"name": "noise", "values": {"share": 1}}]}
+        )
+        assert answer.status_code == 400 and "--allow-faults" in answer.json()["error"]["message"]
+        assert engine.status().details["faults"] == []
+    finally:
+        engine.close()
+
+
+def test_a_fault_that_is_not_known_or_misses_a_number_leaves_the_engine_whole(live):
+    for fault, words in (({"name": "windo"}, "did you mean 'window'"), ({"name": "window"}, "width")):
+        answer = live.http.post("/control/faults", json={"faults": [fault]})
+        assert answer.status_code == 400 and words in answer.text
+    assert live.check(depth="quick").verdict == "agree"
+
+
+def test_against_another_engine_and_a_baseline(live, tiny, tmp_path):
+    baseline = tmp_path / "base.json"
+    write_json(live.check(), baseline)
+    with served(tiny, tmp_path / "other", dtype=live.engine.options.dtype) as other:
+        same = live.check(against=other.url)
+        assert same.against["verdict"] == "agree" and same.exit_code == 0, same.against
+        other.plant("window", width=6.0)
+        apart = live.check(against=other.url)
+        assert apart.against["verdict"] == "mismatch" and apart.exit_code == 1
+    assert live.check(against=str(baseline)).against["verdict"] == "agree"
+    live.plant("raw_logprobs")
+    assert live.check(against=str(baseline)).against["verdict"] == "mismatch"
+    with pytest.raises(ConfigError, match=r"report\.json that exists"):
+        live.check(against="nothing.json")
+
+
+def test_the_html_report_holds_everything_and_asks_for_nothing(live, tmp_path):
+    live.plant("raw_logprobs")
+    page = render_html(live.check())
+    assert "MISMATCH" in page and "--logprobs-mode processed_logprobs" in page
+    assert page.count("<svg") == 4 * 3, "four figures a setting"
+    assert not re.search(r"<script|<link|<img|src=|url\(http|@import", page)
+    remote = set(re.findall(r"https?://[\w./#-]+", page))
+    assert all(
+        "w3.org" in r or "127.0.0.1" in r or "matplotlib" in r or "dublincore" in r or "creativecommons" in r
+        for r in remote
+    ), remote
+
+
+def test_text_from_an_engine_is_data_in_the_report(live):
+    from dataclasses import replace
+
+    report = live.check(depth="quick")
+    evil = replace(report, notes=("<script>alert(1)</script>",))
+    assert "<script>" not in render_html(evil)
+    json.dumps(evil.as_dict())
+
+
+def test_prompts_are_short_and_long_and_partly_spelled_out(tiny):
+    from trueup.parity.context import RETOKENIZED, Contexts
+
+    prompts = make_prompts(Contexts(tiny), count=16, long_tokens=300, vocab=128)
+    assert len(prompts.ordinary) == 16 and len(prompts.long) == 300
+    assert max(map(len, prompts.ordinary)) >= 150 and min(map(len, prompts.ordinary)) < 40
+    assert RETOKENIZED not in Contexts(tiny).offered(prompts.ordinary), "one token a character never changes"
