@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SMOLLM2 := models/smollm2-135m
 
-.PHONY: setup test test-slow test-vllm lint bench vllm clean
+.PHONY: setup test test-slow test-vllm fault-matrix lint bench vllm clean
 
 setup: $(VENV)/.installed $(SMOLLM2)/config.json
 
@@ -38,6 +38,14 @@ bench: setup
 	$(BIN)/python benchmarks/updates.py
 	$(BIN)/python benchmarks/bitwise.py
 	$(BIN)/python benchmarks/rollout.py
+
+# Every cause planted with random numbers, and clean runs: about two hours; rows that are in the file are not run again.
+fault-matrix: setup
+	for model in tiny smollm2; do for dtype in float32 bfloat16; do \
+		draws=3; clean=100; if [ $$model = smollm2 ]; then draws=1; clean=10; fi; \
+		$(BIN)/python -m tests.fault_matrix.run --model $$model --dtype $$dtype --draws $$draws --clean $$clean || exit 1; \
+	done; done
+	$(BIN)/python -m tests.fault_matrix.table
 
 # vLLM in environments of its own (minutes, 11 GB), for benchmarks/rollout.py.
 vllm: $(VENV)/.installed

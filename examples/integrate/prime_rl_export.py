@@ -1,0 +1,25 @@
+"""prime-rl training samples as a trace for `trueup check --trace`. Untested: written from its field names, not run.
+
+Samples are the records that the orchestrator sends to the trainer:
+
+    write_trace(Path("prime.jsonl"), rows_of(samples, temperature=1.0))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+
+def rows_of(samples: Iterable[Any], *, temperature: float) -> Iterator[dict[str, Any]]:
+    """Yield one record of `trueup.trace/1` a sample; samples whose completion was edited by tools are passed over."""
+    for sample in samples:
+        if not all(sample.completion_mask):
+            continue
+        yield {
+            "engine": {"name": "vllm", "api": "V1"},
+            "sampling": {"temperature": temperature},
+            "prompt_token_ids": list(sample.prompt_ids),
+            "completion_token_ids": list(sample.completion_ids),
+            "completion_logprobs": list(sample.completion_logprobs),
+        }

@@ -1,0 +1,101 @@
+"""The fault matrix as a page: docs/fault-matrix.md from docs/fault-matrix.jsonl.
+
+python -m tests.fault_matrix.table
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from tests.conftest import ROOT
+from tests.fault_matrix.plans import INVISIBLE, PLANS
+
+SOURCE = ROOT / "docs" / "fault-matrix.jsonl"
+PAGE = ROOT / "docs" / "fault-matrix.md"
+
+
+def read(path: Path = SOURCE) -> list[dict]:
+    """Every row that was run."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def found(row: dict) -> bool:
+    """Whether the planted cause was named first (for a pair: whether both were named)."""
+    if row["group"] == "pair":
+        return set(row["name"].split("+")) <= set(row["named"])
+    return bool(row["first"])
+
+
+def visible(rows: list[dict]) -> list[dict]:
+    """Planted causes whose effect was not predicted to be invisible."""
+    return [r for r in rows if r["group"] == "cause" and not r["invisible"]]
+
+
+def _columns(rows: list[dict]) -> list[tuple[str, str]]:
+    return sorted({(r["model"], r["dtype"]) for r in rows}, key=lambda c: (c[0] != "tiny", c[1] != "float32"))
+
+
+def _share(rows: list[dict]) -> str:
+    return f"{sum(map(found, rows))} of {len(rows)}" if rows else "-"
+
+
+def page(rows: list[dict]) -> str:
+    """The whole page."""
+    columns = _columns(rows)
+    lines = [
+        "# Fault matrix",
+        "",
+        "Every cause planted in the embedded engine with numbers drawn at random, checked over HTTP by `trueup check",
+        "--engine`; a cell says how often the planted cause was named first. `make fault-matrix` runs it,",
+        "`docs/fault-matrix.jsonl` holds every run with what was planted, `tests/fault_matrix` the plans; a test runs",
+        "random rows again. In brackets: predicted before the run to lie under the noise floor, or not to exist.",
+        "",
+        "| id | " + " | ".join(f"{m} {d}" for m, d in columns) + " |",
+        "|---|" + "---|" * len(columns),
+    ]
+    cells: dict[tuple[str, str, str], list[dict]] = defaultdict(list)
+    for row in rows:
+        if row["group"] == "cause":
+            cells[row["name"], row["model"], row["dtype"]].append(row)
+    for name in PLANS:
+        texts = []
+        for column in columns:
+            here = cells[name, *column]
+            text = _share(here)
+            texts.append(f"({text})" if here and here[0]["invisible"] else text)
+        lines.append(f"| {name} | " + " | ".join(texts) + " |")
+    counted = visible(rows)
+    lines += ["", f"Visible effects: the cause was named first in {_share(counted)} runs."]
+    wrong = [r for r in counted if not found(r)]
+    if wrong:
+        lines += ["", "Not named first:", ""]
+        lines += [
+            f"- {r['name']} ({r['model']} {r['dtype']}, {r['planted'] or r['stage']}): "
+            f"{r['verdict']}, {'+'.join(r['named']) or 'unexplained'}" for r in wrong
+        ]  # fmt: skip
+    lines += ["", "Predicted invisible, and why:", ""]
+    lines += [f"- {i} ({m} {d}): {why}" for (m, d, i), why in INVISIBLE.items()]
+    outside = [r for r in rows if r["group"] == "outside"]
+    named = Counter(r["name"] for r in outside if r["named"])
+    lines += ["", "## Outside the catalogue", "", "Faults without a name must stay without one:", ""]
+    for name in dict.fromkeys(r["name"] for r in outside):
+        here = [r for r in outside if r["name"] == name]
+        seen = sum(r["verdict"] == "mismatch" for r in here)
+        lines.append(f"- {name}: {seen} of {len(here)} called a mismatch, {named[name]} given a name")
+    pairs = [r for r in rows if r["group"] == "pair"]
+    lines += ["", "## Two at once", ""]
+    for name in dict.fromkeys(r["name"] for r in pairs):
+        lines.append(f"- {name}: both named in {_share([r for r in pairs if r['name'] == name])}")
+    lines += ["", "## Clean runs", ""]
+    for column in columns:
+        here = [r for r in rows if r["group"] == "clean" and (r["model"], r["dtype"]) == column]
+        alarms = [r for r in here if r["verdict"] != "agree"]
+        lines.append(f"- {' '.join(column)}: {len(alarms)} false alarms in {len(here)} runs")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(read()), encoding="utf-8")
+    print(PAGE)
