@@ -17,6 +17,25 @@ IMPLEMENTED = tuple(
 )
 
 
+SEPARATED_BY = {
+    frozenset({"S1", "S4"}): "a temperature other than 1 (--sampling)",
+    frozenset({"S1", "S6"}): "a temperature other than 1 (--sampling)",
+    frozenset({"S1", "S3"}): "another temperature, or top-p (--sampling)",
+    frozenset({"S3", "I14"}): "the engine's scores of given tokens at T=1 (prompt_logprobs, --engine)",
+    frozenset({"I5", "W12"}): "a control before an update (--allow-updates)",
+    frozenset({"W1", "W2"}): "more older weights (--checkpoints)",
+    frozenset({"I8", "I9"}): "longer prompts: a window has a knee, a rotary base a slope",
+    frozenset({"S9", "T7"}): "completions that end by themselves, not by length",
+}
+STEPS = "more tokens (--set check.tokens=128), or float32 on both sides for a lower floor"
+
+
+def separated_by(ids: tuple[str, ...]) -> str:
+    """The probe that would tell a group of causes apart."""
+    pairs = (frozenset({a, b}) for a in ids for b in ids if a != b)
+    return next((SEPARATED_BY[pair] for pair in pairs if pair in SEPARATED_BY), STEPS)
+
+
 def order_of(cause_id: str) -> tuple[int, int]:
     """Sort key: family, then number."""
     return FAMILIES.index(cause_id[0]), int(cause_id[1:])

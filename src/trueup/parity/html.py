@@ -8,6 +8,7 @@ from jinja2 import Environment
 
 from trueup.errors import TrueupError
 from trueup.parity import figures
+from trueup.parity.catalogue import separated_by
 from trueup.parity.report import ParityReport, SettingReport
 from trueup.parity.terminal import ROWS, clean, correction
 
@@ -57,6 +58,8 @@ numbers under each weight version given</figcaption></figure></div>{% endif %}
 <h2>Not named</h2><dl>
 <dt>ruled out</dt><dd>{{ report.ruled_out | join(" ") or "nothing" }}</dd>
 <dt>untested</dt><dd>{% for id, why in report.untested.items() %}{{ id }}: {{ why }}<br>{% endfor %}</dd>
+{% if ambiguous %}<dt>ambiguous</dt><dd>{% for ids, how in ambiguous %}{{ ids | join(" ") }}: separated by
+{{ how }}<br>{% endfor %}</dd>{% endif %}
 {% if report.notes %}<dt>notes</dt><dd>{% for note in report.notes %}{{ note | clean }}<br>{% endfor %}</dd>{% endif %}
 {% if report.problems %}<dt>bad input</dt><dd>{% for p in report.problems %}{{ p | clean }}<br>{% endfor %}</dd>
 {% endif %}
@@ -96,6 +99,7 @@ def render_html(report: ParityReport) -> str:
         correction=correction(report),
         settings=[(s, _figures(s)) for s in report.settings],
         rows=ROWS,
+        ambiguous=[(g, separated_by(g)) for g in dict.fromkeys(g for s in report.settings for g in s.ambiguous)],
         scan=figures.version_scan(scan, floor if isinstance(floor, float) else 0.0) if isinstance(scan, list) else None,
     )
 

@@ -56,6 +56,7 @@ class LiveCheck:
     causes: list[Cause] = field(default_factory=list)
     not_there: set[str] = field(default_factory=set)
     missing: dict[str, str] = field(default_factory=dict)
+    doubts: list[tuple[str, ...]] = field(default_factory=list)
 
     @property
     def facts(self) -> EngineFacts:
@@ -76,6 +77,8 @@ class LiveCheck:
         answers = {str(s): self._generate(prompts, s) for s in settings}
         rows = {key: self._rows(prompts, s, answers[key]) for key, s in zip(answers, settings, strict=True)}
         self._require_answers(answers)
+        echo = verdicts.prompt_echo(prompts.ordinary, answers[str(settings[0])][0])
+        self.causes += [echo] if echo is not None else []
         first = str(settings[0])
         scores = self._score(rows[first])
         self.progress("comparing with the trainer", 0.35)
@@ -291,6 +294,7 @@ class LiveCheck:
         lost = any(c.id in verdicts.IN_REPORTING for r in reports for c in r.causes)
         found = verdicts.cached(probe, self.causes, updated=bool(self.facts.version), lost=lost)
         self.causes += found
+        self.doubts += [("I5", "W12")] if any(c.confidence == "low" for c in found) else []
         if not found and probe.gap is not None and probe.gap.tokens:
             self.not_there.add("I5")
         self.missing["W12"] = "needs an update of the weights (--allow-updates)"
@@ -327,6 +331,8 @@ class LiveCheck:
         weights = verdicts.served_weights(facts, bench, reports)
         if weights is not None:
             self.causes.insert(0, weights)
+        if self.doubts:
+            reports = [replace(reports[0], ambiguous=(*reports[0].ambiguous, *self.doubts)), *reports[1:]]
         causes = merge(reports, self.causes)
         header: dict[str, object] = {
             "trace": None, "url": [c.url for c in self.clients], "model": str(self.check.model), "digest": digest,
@@ -334,7 +340,7 @@ class LiveCheck:
             "flags": dict(facts.info.flags), "flags_readable": facts.readable, "trainer": self.check.trainer,
             "trainer_arithmetic": bench.scorer.trainer.title(), "rows": sum(r.rows for r in reports),
             "tokens": sum(r.tokens for r in reports), "environment": env.describe(),
-            "allow_updates": self.check.allow_updates,
+            "allow_updates": self.check.allow_updates, "version_scan": bench.version_scan(groups[0]),
         }  # fmt: skip
         if len(self.clients) > 1:
             self.not_there.add("W9")

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from trueup.config import CheckConfig
-from trueup.errors import ConfigError
+from trueup.errors import ConfigError, EngineError
 from trueup.parity.report import ParityReport
 
 
@@ -33,8 +33,25 @@ def terminated_like_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """SIGINT and SIGTERM wait for nothing here: they are ignored until the block is done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def run_with_progress(check: CheckConfig, console: Console) -> ParityReport:
-    """Check an engine or a trace, whichever the configuration names. Raises TrueupError, ConfigError for both."""
+    """Check an engine or a trace, whichever the configuration names.
+
+    Raises ConfigError for both, EngineError when interrupted, and whatever TrueupError the check raises.
+    """
     if check.engine and check.trace is not None:
         raise ConfigError("name either --engine or --trace, not both (--against compares two)")
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -47,10 +64,13 @@ def run_with_progress(check: CheckConfig, console: Console) -> ParityReport:
         def progress(what: str, share: float) -> None:
             bar.update(task, description=what, completed=share)
 
-        if check.engine:
-            from trueup.parity.live import check_engine
+        try:
+            if check.engine:
+                from trueup.parity.live import check_engine
 
-            return check_engine(check, announce=announce, progress=progress)
-        from trueup.parity.run import check_trace
+                return check_engine(check, announce=announce, progress=progress)
+            from trueup.parity.run import check_trace
 
-        return check_trace(check, announce=announce)
+            return check_trace(check, announce=announce)
+        except KeyboardInterrupt:
+            raise EngineError("interrupted; nothing was concluded, and nothing on a server was changed") from None

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trueup.errors import TrueupError
+from trueup.parity.catalogue import separated_by
 
 SCHEMA = "trueup.parity/1"
 EXIT_CODES = {"agree": 0, "mismatch": 1, "inconclusive": 2}
@@ -126,7 +127,10 @@ class ParityReport:
             "gap": worst.gap if worst else {},
             "noise_floor": worst.noise_floor if worst else {},
             "unexplained": worst.unexplained if worst else None,
-            "ambiguous": sorted({a for s in self.settings for a in s.ambiguous}),
+            "ambiguous": [
+                {"ids": list(group), "separated_by": separated_by(group)}
+                for group in sorted({a for s in self.settings for a in s.ambiguous})
+            ],
             "ruled_out": list(self.ruled_out),
             "untested": [{"id": i, "why": w} for i, w in self.untested.items()],
             "header": self.header,

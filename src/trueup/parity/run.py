@@ -104,6 +104,7 @@ def check_rows(bench: Workbench, trace: Trace) -> ParityReport:
         "flags": dict(trace.rows[0].engine.flags), "trainer": check.trainer,
         "trainer_arithmetic": bench.scorer.trainer.title(), "rows": len(trace.rows),
         "tokens": sum(r.tokens for r in reports), "environment": env.describe(),
+        "version_scan": bench.version_scan(settings[0]),
     }  # fmt: skip
     return ParityReport(
         header=header, settings=tuple(reports), causes=tuple(causes), notes=tuple(bench.notes),

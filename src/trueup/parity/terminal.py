@@ -10,6 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from trueup.parity.catalogue import separated_by
 from trueup.parity.report import Cause, ParityReport, SettingReport
 
 LABEL_WIDTH = 11
@@ -139,6 +140,8 @@ def _settings_table(settings: Sequence[SettingReport]) -> Table:
 
 def correction(report: ParityReport) -> str:
     """What to do about the gap in the objective: nothing before the backend is clean."""
+    if report.causes and {c.id for c in report.causes} <= {"W10", "O7"}:
+        return "the backend is clean; what is left is staleness: correct per token against the stamped version"
     if report.verdict == "mismatch":
         names = ", ".join(c.id for c in report.causes) or "the unexplained part"
         return f"none: truncated importance sampling or masking here would hide {names}"
@@ -160,6 +163,8 @@ def _truncation_note(report: ParityReport) -> str | None:
 
 
 def _lists(report: ParityReport) -> Iterator[tuple[str, str]]:
+    for group in dict.fromkeys(g for s in report.settings for g in s.ambiguous):
+        yield "ambiguous", f"{' '.join(group)}: separated by {separated_by(group)}"
     for probe in report.probes:
         yield "probe", f"{'DIFFERS' if probe['differs'] else 'alike'}  {probe['text']}"
     yield "correction", correction(report)

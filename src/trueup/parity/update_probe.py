@@ -19,9 +19,10 @@ from torch import Tensor
 
 from trueup.config import CheckConfig
 from trueup.engines.probe_http import Answer, ProbeClient
-from trueup.errors import TrueupError
+from trueup.errors import EngineError, TrueupError
 from trueup.parity.grouping import group
 from trueup.parity.probes import Probed, asks_of, cached_against_fresh, outcome, paired, scored
+from trueup.parity.progress import uninterrupted
 from trueup.parity.prompts import Prompts
 from trueup.parity.report import Cause
 from trueup.parity.verdicts import SAMPLING_ONLY
@@ -61,7 +62,10 @@ class UpdateProbe:
         self.published: list[int] = []
 
     def run(self, progress: Callable[[str, float], None]) -> UpdateOutcome:
-        """Update, compare, restore: the engine's weights are put back on every way out, and the outcome says so."""
+        """Update, compare, restore: the engine's weights are put back on every way out, and the outcome says so.
+
+        Raises EngineError when it was interrupted, after putting them back.
+        """
         if (why := self._refused()) is not None:
             self.found.missing |= dict.fromkeys(NEEDS, why)
             return self.found
@@ -87,10 +91,18 @@ class UpdateProbe:
             if not self._named_after_no_op(same):
                 self._judge_perturbed(rows, version)
             self._stale_cache(control)
-        finally:
-            progress("restoring the weights", 0.95)
-            self._restore(rows, before)
+        except KeyboardInterrupt:
+            raise EngineError(f"interrupted; {self._put_back(rows, before, progress)}") from None
+        except BaseException:
+            self._put_back(rows, before, progress)
+            raise
+        self.found.notes.append(self._put_back(rows, before, progress))
         return self.found
+
+    def _put_back(self, rows: list[TraceRow], before: Sequence[Answer], progress: Callable[[str, float], None]) -> str:
+        progress("restoring the weights", 0.95)
+        with uninterrupted():
+            return self._restore(rows, before)
 
     def _refused(self) -> str | None:
         facts = self.client.facts
@@ -185,19 +197,18 @@ class UpdateProbe:
             )
         )  # fmt: skip
 
-    def _restore(self, rows: list[TraceRow], before: Sequence[Answer]) -> None:
-        """Put the original weights back and compare the canary with what it was."""
+    def _restore(self, rows: list[TraceRow], before: Sequence[Answer]) -> str:
+        """Put the original weights back, compare the canary with what it was, and say how that went."""
         try:
             version = self._update(self.original, clear_cache=True)
             gap = paired(before, scored(self.client, rows, together=True))
         except TrueupError as error:
-            self.found.notes.append(f"THE WEIGHTS WERE NOT RESTORED: {error}")
-            raise
+            raise EngineError(f"THE ENGINE'S WEIGHTS WERE NOT RESTORED: {error}") from None
         verified = gap.tokens > 0 and gap.rms <= self.limit_rms
         state = "restored and verified" if verified else f"sent back, but scores differ by rms {gap.rms:.2g} nats"
-        self.found.notes.append(f"the engine's weights were {state}; it serves them as version {version}")
         for number in self.published[:-1]:
             shutil.rmtree(self.store.folder(number), ignore_errors=True)
+        return f"the engine's weights were {state}; it serves them as version {version}"
 
 
 def _perturbed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

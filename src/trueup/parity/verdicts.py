@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from trueup.engines.probe_http import EngineFacts
+from trueup.engines.probe_http import Answer, EngineFacts
 from trueup.errors import TrueupError
 from trueup.model.load import checkpoint_digest
 from trueup.parity.probes import Probed
@@ -148,6 +148,23 @@ def cached(probe: Probed, causes: Sequence[Cause], *, updated: bool, lost: bool)
             probe.text + (doubt if updated else ", without any update"), confidence="low" if updated else "high",
         )
     ]  # fmt: skip
+
+
+def prompt_echo(sent: Sequence[tuple[int, ...]], answers: Sequence[Answer]) -> Cause | None:
+    """T4 or T5 if the engine itself says that it saw other prompt ids than were sent."""
+    pairs = [(s, a.prompt_ids) for s, a in zip(sent, answers, strict=True) if a.prompt_ids is not None]
+    odd = [(s, seen) for s, seen in pairs if s != seen]
+    if not odd:
+        return None
+    mine, seen = odd[0]
+    evidence = (
+        f"{len(odd)} of {len(pairs)} prompts came back as other ids: {list(mine[:4])}... became {list(seen[:4])}..."
+    )
+    if seen[1:] == mine or mine[1:] == seen:
+        fix = "send token ids, or set add_special_tokens=false where the template writes BOS itself"
+        return _cause("T4", "tokenization", "a BOS token is doubled or missing", fix, evidence)
+    fix = "render the template once, in the trainer, and send token ids"
+    return _cause("T5", "tokenization", "the engine renders another prompt than was sent", fix, evidence)
 
 
 def served_weights(facts: EngineFacts, bench: Workbench, reports: Sequence[SettingReport]) -> Cause | None:

@@ -9,13 +9,17 @@ from pathlib import Path
 
 from trueup.config import CheckConfig, LimitsConfig
 from trueup.errors import ConfigError, ModelError
-from trueup.parity.evidence import ENGINE, REFERENCE, TRAINER, EngineModel
+from trueup.model.substitute import EVERYTHING
+from trueup.parity.attribution import EDGE_ALLOWANCE
+from trueup.parity.compare import loss, residual
+from trueup.parity.evidence import ENGINE, EXACT, REFERENCE, TRAINER, EngineModel
 from trueup.parity.grouping import Setting, arithmetic
 from trueup.parity.scorer import FP32, Scorer
 from trueup.parity.setting import NOISE_ROWS, Judged, SettingJudge, reference_rows, usable_rows
 from trueup.trace import TraceRow
 from trueup.weights.snapshot import MANIFEST_FILE, Manifest, manifest_of
 
+SCAN_ROWS = 6
 LIMITS_VOCABULARY = 49_152
 """Vocabulary the smallest floor and bias were measured with; a plain log_softmax errs in proportion to its length."""
 
@@ -92,6 +96,18 @@ class Workbench:
         """The floor predicted for a setting, nats rms."""
         base = EngineModel(dist=setting.case.trainer_distribution)
         return SettingJudge(self.scorer, self.limits).floor(setting, base).rms
+
+    def version_scan(self, setting: Setting) -> list[tuple[str, float]] | None:
+        """Mean |r| in nats of a setting's first rows under each older checkpoint and under the trainer's weights."""
+        rows = usable_rows(setting)[:SCAN_ROWS]
+        if not self.scorer.checkpoints or not rows:
+            return None
+        evidence, dist = self.scorer.evidence(setting.case, rows), setting.case.trainer_distribution
+        sources = {label: replace(EXACT, weights=(label, EVERYTHING)) for label in self.scorer.checkpoints}
+        return [
+            (label, loss(residual(evidence, EngineModel(dist=dist, source=source)), EDGE_ALLOWANCE))
+            for label, source in {**sources, "trainer": EXACT}.items()
+        ]
 
     def judge(self, setting: Setting, **knowledge: object) -> Judged:
         """Judge one setting; see SettingJudge.judge."""
