@@ -13,6 +13,7 @@ from typing import Any
 
 BOS_ADDED, BOS_REMOVED, RETOKENIZED = "BOS added", "BOS removed", "re-tokenized"
 TEMPLATED, SYSTEM_ADDED, GENERATION_PROMPT = "chat template applied", "default system prompt", "no assistant turn"
+MARK = "X"
 LAST = "last "
 """Followed by a number: only that many tokens of the prompt are seen."""
 
@@ -53,19 +54,21 @@ class Contexts:
         template = getattr(self.tokenizer, "chat_template", None)
         if not template:
             return tuple(ids)
+        encode = self.tokenizer.encode
         wrapped = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+            [{"role": "user", "content": MARK}], tokenize=False, add_generation_prompt=True
         )
-        before, mark, after = wrapped.partition(text)
-        if context == TEMPLATED and mark and before + after:
-            return tuple(self.tokenizer.encode(wrapped, add_special_tokens=False))
-        bare = self.tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False)
-        opening = wrapped[len(bare) :] if wrapped.startswith(bare) else ""
-        if context == GENERATION_PROMPT and opening and text.endswith(opening):
-            return tuple(self.tokenizer.encode(text[: -len(opening)], add_special_tokens=False))
-        system = _system_of(before)
-        if context == SYSTEM_ADDED and system and not text.startswith(system):
-            return tuple(self.tokenizer.encode(system + text, add_special_tokens=False))
+        before, mark, after = wrapped.partition(MARK)
+        bare = self.tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False)
+        opening = tuple(encode(wrapped[len(bare) :], add_special_tokens=False)) if wrapped.startswith(bare) else ()
+        system = tuple(encode(_system_of(before), add_special_tokens=False))
+        if context == TEMPLATED and mark:
+            sides = [tuple(encode(side, add_special_tokens=False)) for side in (before, after)]
+            return (*sides[0], *ids, *sides[1])
+        if context == GENERATION_PROMPT and opening and tuple(ids[-len(opening) :]) == opening:
+            return tuple(ids[: -len(opening)])
+        if context == SYSTEM_ADDED and system and tuple(ids[: len(system)]) != system:
+            return (*system, *ids)
         return tuple(ids)
 
     def offered(self, prompts: Sequence[Sequence[int]]) -> tuple[str, ...]:

@@ -118,18 +118,14 @@ class Site:
         self.put(self.runner, "forward", lambda spans, ids: change(forward(spans, ids), spans))
 
     def prompts(self, change: Callable[[tuple[int, ...]], tuple[int, ...]]) -> None:
-        """Let the model see other prompts than were sent, when it generates and when it scores."""
-        submit, score = self.engine.submit, self.engine.score
+        """Let the model see other prompts than were sent, when it generates."""
+        submit = self.engine.submit
 
         def other(request: Any, **rest: Any) -> Any:
             ids = change(request.prompt.token_ids)
             return submit(replace(request, prompt=replace(request.prompt, token_ids=ids)), **rest)
 
-        def other_rows(rows: Sequence[Any], **rest: Any) -> Any:
-            return score([replace(row, prompt_ids=change(row.prompt_ids)) for row in rows], **rest)
-
         self.put(self.engine, "submit", other)
-        self.put(self.engine, "score", other_rows)
 
     def reported(self, change: Callable[[Any, Tensor, Head], float]) -> None:
         """Report another number for each drawn token: change(sequence, its state [1, D], head)."""
