@@ -1,5 +1,6 @@
 """A served engine for tests of the live check: the real server and engine, in a thread of this process."""
 
+import shutil
 import threading
 import time
 from contextlib import contextmanager
@@ -37,11 +38,11 @@ class Live:
         assert answer.status_code == 200, answer.text
 
     def restore(self) -> None:
-        """Load the checkpoint's own weights again, under a new number."""
-        store = WeightStore(self.folder / "weights")
-        version = max([self.engine.status().version, *store.versions()]) + 1
+        """Load the checkpoint's own weights again, under the number they are served as."""
+        store = WeightStore(self.folder / "weights" / "restore")
+        shutil.rmtree(store.root, ignore_errors=True)
         tensors = load_model(self.model, dtype=self.engine.options.dtype).stored_tensors()
-        self.engine.update_weights(store.publish(version, tensors).path, clear_cache=True)
+        self.engine.update_weights(store.publish(self.engine.status().version, tensors).path, clear_cache=True)
 
     def check(self, **knobs):
         """Run `trueup check --engine`."""

@@ -69,6 +69,7 @@ class CheckConfig(_Section):
     search_s: float = Field(
         90.0, gt=0, description="for causes that need forward passes; the rest is listed as untested"
     )
+    against_token_file: Path | None = Field(None, description="bearer token of the engine that --against names")
     checkpoints: tuple[Path, ...] = Field((), description="older weights of the model, oldest first: folders")
     limits: LimitsConfig = LimitsConfig()
 
@@ -85,6 +86,8 @@ class CheckConfig(_Section):
                 value = float(text)
             except ValueError:
                 raise ConfigError(f"--sampling {part!r}: {text!r} is no number") from None
+            if not -1e9 < value < 1e9:
+                raise ConfigError(f"--sampling {part!r}: {text!r} is out of range")
             fields[name.strip()] = int(value) if name.strip() == "top_k" else value
         return fields
 

@@ -27,6 +27,10 @@ class HttpClient:
         self.url = url.rstrip("/").removesuffix("/v1")
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         limits = httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS)
+        try:
+            httpx.URL(self.url)
+        except httpx.InvalidURL as error:
+            raise EngineError(f"{url!r} is no engine address: {error}") from None
         self._client = httpx.Client(base_url=self.url, headers=headers, limits=limits, trust_env=False)
 
     def get(self, path: str, *, timeout_s: float = QUICK_TIMEOUT_S) -> Any:

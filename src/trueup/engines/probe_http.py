@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -20,6 +21,8 @@ from trueup.trace import EngineInfo
 TOKEN_PREFIX = "token_id:"
 PARALLEL = 64
 FIRST_TIMEOUT_S = 10.0
+GARBAGE = (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError, RecursionError)
+"""What reading an answer of another shape than expected raises (EngineError is a ValueError too)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +78,13 @@ class ProbeClient:
         self.timeout_s, self.token = timeout_s, token
         self.http = HttpClient(url, token=token)
         self.url = self.http.url
-        self.facts = self._identify()
+        try:
+            self.facts = self._identify()
+        except GARBAGE as error:
+            self.http.close()
+            if isinstance(error, EngineError):
+                raise
+            raise EngineError(f"{self.url} describes itself in a way that cannot be read ({error!s:.80})") from None
 
     def generate(self, asks: Sequence[Ask], *, together: bool) -> list[Answer]:
         """Send all requests at once, or one after another."""
@@ -100,7 +109,9 @@ class ProbeClient:
             try:
                 answer: Answer = function(item)
                 return answer
-            except EngineError as error:
+            except GARBAGE as error:
+                if not isinstance(error, EngineError):
+                    return Answer(error=f"{self.url} answered with something that is no completion ({error!s:.80})")
                 text = str(error)
                 if "cannot be reached" in text or monotonic() - start >= self.timeout_s:
                     gone.append(text)
@@ -147,6 +158,7 @@ class ProbeClient:
         except (KeyError, IndexError, TypeError):
             raise EngineError(f"{self.url}/v1/models names no model: is this an OpenAI-compatible server?") from None
         length = card.get("max_model_len")
+        length = length if isinstance(length, int) else None
         if card.get("owned_by") == "trueup":
             return self._identify_trueup(name, length)
         version = self._quietly("/version").get("version")
@@ -185,8 +197,18 @@ class ProbeClient:
         return content if isinstance(content, Mapping) else {}
 
 
+def read_token(path: Path) -> str:
+    """The bearer token in a file. Raises EngineError when it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise EngineError(f"--token-file {path} cannot be read: {error}") from None
+
+
 def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53):
+        return float(value)
+    return math.nan
 
 
 def _read_completion(content: Any, url: str) -> Answer:
@@ -215,10 +237,20 @@ def _read_completion(content: Any, url: str) -> Answer:
         ids=tuple(ids),
         logprobs=tuple(_number(v) for v in values),
         prompt_ids=tuple(prompt) if isinstance(prompt, list) else None,
-        versions=tuple(v for v, n in runs for _ in range(n)) if isinstance(runs, list) else None,
+        versions=_stamps(runs, len(ids)),
         cached_tokens=details.get("cached_tokens"),
         finish_reason=choice.get("finish_reason"),
     )
+
+
+def _stamps(runs: object, count: int) -> tuple[int, ...] | None:
+    """Versions a token out of [[version, tokens], ...]; None unless they are `count`."""
+    if not isinstance(runs, list):
+        return None
+    found: list[int] = []
+    for version, tokens in runs:
+        found += [int(version)] * min(int(tokens), count + 1 - len(found))
+    return tuple(found) if len(found) == count else None
 
 
 def _vllm_flags(config: Mapping[str, Any]) -> dict[str, object]:

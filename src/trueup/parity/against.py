@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from trueup.config import CheckConfig
-from trueup.engines.probe_http import Answer, ProbeClient
+from trueup.engines.probe_http import Answer, ProbeClient, read_token
 from trueup.errors import EngineError, RecordError, TraceError, TrueupError
 from trueup.model.load import checkpoint_dtype
 from trueup.parity.evidence import ENGINE, REFERENCE, TRAINER
@@ -107,15 +107,17 @@ def against_trace(check: CheckConfig, other: Path) -> dict[str, object]:
     return {"kind": "trace", "path": str(other), "verdict": outcome, "gap": gap, "settings": settings, "text": text}
 
 
-def against_engine(
-    check: CheckConfig, token: str | None, scores: Sequence[TraceRow], limit_rms: float
-) -> dict[str, object] | None:
+def against_engine(check: CheckConfig, scores: Sequence[TraceRow], limit_rms: float) -> dict[str, object] | None:
     """Another engine's scores of the same tokens, raw at T=1, next to this one's; None if `check` names no URL.
 
-    Raises EngineError when either engine cannot score given tokens.
+    It gets a bearer token of its own (`against_token_file`), never the first engine's. Raises EngineError when either
+    engine cannot score given tokens.
     """
     if not (check.against or "").startswith(URLS):
         return None
+    token = None
+    if check.against_token_file is not None:
+        token = read_token(check.against_token_file)
     other = ProbeClient(str(check.against), token=token, timeout_s=check.request_timeout_s)
     try:
         theirs = scored(other, scores, together=True)

@@ -296,7 +296,7 @@ class Attributor:
         kept = [
             c
             for c in candidates
-            if self.held_loss(c.model) < (1 - share(c)) * before
+            if (self.held_loss(c.model) < (1 - share(c)) * before or (complete and self._clearly_worse(self.start, c)))
             and (self.held_judgement(c.model).within if complete else self._tracks(c))
             and self._needed(c)
         ]

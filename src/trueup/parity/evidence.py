@@ -149,7 +149,7 @@ class Tokens:
         return cls(
             targets_T=torch.tensor([i for r in rows for i in r.completion_token_ids], dtype=torch.long),
             row_T=torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts, dtype=torch.long)),
-            position_T=torch.cat([torch.arange(c) for c in counts]),
+            position_T=torch.cat([torch.arange(0), *(torch.arange(c) for c in counts)]),
             engine_T=torch.tensor([v for r in rows for v in r.completion_logprobs], dtype=torch.float64),
             version_T=torch.tensor([v for r in rows for v in _versions(r)], dtype=torch.long),
             prompts=tuple(torch.tensor(r.prompt_token_ids, dtype=torch.long) for r in rows),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from trueup import env
 from trueup.config import CheckConfig
-from trueup.engines.probe_http import Answer, EngineFacts, ProbeClient
+from trueup.engines.probe_http import Answer, Ask, EngineFacts, ProbeClient, read_token
 from trueup.errors import ConfigError, EngineError
 from trueup.parity import verdicts
 from trueup.parity.against import URLS, against_baseline, against_engine
@@ -23,7 +23,16 @@ from trueup.parity.assemble import merge, ruled_out, untested
 from trueup.parity.attribution import Attribution
 from trueup.parity.grouping import Setting, group, looks_like_float32
 from trueup.parity.hypotheses import ENGINE_WIDE
-from trueup.parity.probes import EXPLICIT, Probed, asks_of, cached_against_fresh, outcome, paired, scored
+from trueup.parity.probes import (
+    EXPLICIT,
+    Probed,
+    against_itself,
+    asks_of,
+    cached_against_fresh,
+    outcome,
+    paired,
+    scored,
+)
 from trueup.parity.prompts import Prompts, make_prompts
 from trueup.parity.recipe import TRAINERS
 from trueup.parity.report import Cause, ParityReport, SettingReport
@@ -57,6 +66,7 @@ class LiveCheck:
     not_there: set[str] = field(default_factory=set)
     missing: dict[str, str] = field(default_factory=dict)
     doubts: list[tuple[str, ...]] = field(default_factory=list)
+    base: dict[str, object] = field(default_factory=dict)
 
     @property
     def facts(self) -> EngineFacts:
@@ -87,12 +97,14 @@ class LiveCheck:
         scoring = self._scoring_setting(scores) if scores else None
         self.bench.prefetch([*([scoring] if scoring else []), *groups])
         floor = self._floor(scoring or groups[0])
-        self._self_consistency(prompts, answers[first], floor)
-        self._explicit_against_omitted(prompts, settings[-1], answers[str(settings[-1])], floor)
+        self.base = settings[0]
+        self._self_consistency(prompts, answers[first], scores, floor)
+        silent = min(settings, key=len)
+        self._explicit_against_omitted(prompts, silent, answers[str(silent)], floor)
         self.progress("comparing with the trainer", 0.6)
         reports = self._judge(scoring, groups)
         limit = self.bench.limits.rms_factor * floor
-        against = against_engine(self.check, self.clients[0].token, scores, limit)
+        against = against_engine(self.check, scores, limit)
         self._cache(prompts, floor, reports)
         self._own_trainer(scoring or groups[0], floor)
         self._updates(prompts, floor)
@@ -161,7 +173,10 @@ class LiveCheck:
         cause = verdicts.not_finite(failed, len(flat))
         if cause is not None:
             self.causes.append(cause)
-        if len(failed) > (1 - MIN_OK) * len(flat):
+        dead = [c.url for c, own in zip(self.clients, zip(*answers.values(), strict=True), strict=True)
+                if all(a.error for group in own for a in group)]  # fmt: skip
+        empty = [key for key, own in answers.items() if all(a.error for group in own for a in group)]
+        if dead or empty or len(failed) > (1 - MIN_OK) * len(flat):
             raise EngineError(f"{len(failed)} of {len(flat)} requests failed: {failed[0]}")
         self.bench.problems.append(f"{len(failed)} of {len(flat)} requests failed, first: {failed[0]}")
 
@@ -212,27 +227,30 @@ class LiveCheck:
     def _floor(self, setting: Setting) -> float:
         return self.bench.floor_rms(setting)
 
-    def _self_consistency(self, prompts: Prompts, together: Sequence[Sequence[Answer]], floor: float) -> None:
+    def _self_consistency(
+        self, prompts: Prompts, together: Sequence[Sequence[Answer]], scores: Sequence[TraceRow], floor: float
+    ) -> None:
         """The engine against itself: the same request twice, and alone against in a batch."""
         if self.quick:
             self.missing |= dict.fromkeys(("I3", "I15"), "left out of a quick check (--full)")
             return
-        client, limit = self.clients[0], verdicts.SELF_LIMIT * floor
-        once, again = (
-            client.generate(
-                asks_of(
-                    prompts.ordinary[:FEW], PLAIN, max_tokens=self.check.tokens, seed=self.check.seed, salt=self._salt()
-                ),
-                together=False,
-            )
-            for _ in range(2)
-        )
-        repeat = outcome("repeat", paired(once, again), limit, "the same request twice, alone")
-        batch = outcome("batch", paired(once, together[0][:FEW]), limit, "alone against together with others")
-        self.probes += [repeat, batch]
-        found = verdicts.self_consistency(repeat, batch)
+        client = self.clients[0]
+
+        def asks() -> list[Ask]:
+            few = prompts.ordinary[:FEW]
+            return asks_of(few, self.base, max_tokens=self.check.tokens, seed=self.check.seed, salt=self._salt())
+
+        rows = [r for r in scores if r.replica in (None, client.url)][:FEW]
+        probes = against_itself(client, asks, together[0][:FEW], rows, limit_rms=verdicts.SELF_LIMIT * floor)
+        self.probes += probes
+        found = verdicts.self_consistency(probes)
         self.causes += found
-        self.not_there |= {"I15", "I3"} - {c.id for c in found}
+        if any(p.compared for p in probes if p.name.startswith("repeat")):
+            self.not_there |= {"I15"} - {c.id for c in found}
+        if not found and any(p.compared for p in probes if p.name.startswith("batch")):
+            self.not_there.add("I3")
+        for cause_id in {"I3", "I15"} - self.not_there - {c.id for c in found}:
+            self.missing[cause_id] = "too few tokens could be compared"
 
     def _explicit_against_omitted(
         self, prompts: Prompts, sampling: dict[str, object], answers: Sequence[Sequence[Answer]], floor: float
@@ -249,7 +267,7 @@ class LiveCheck:
         self.probes.append(probe)
         if not gap.tokens and gap.failed:
             self.missing["S5"] = "the engine refused requests with every field spelled out"
-        elif not probe.differs and not gap.parted:
+        elif probe.compared and not probe.differs and not gap.parted:
             self.not_there.add("S5")
 
     def _judge(self, scoring: Setting | None, groups: Sequence[Setting]) -> list[SettingReport]:
@@ -295,21 +313,20 @@ class LiveCheck:
         found = verdicts.cached(probe, self.causes, updated=bool(self.facts.version), lost=lost)
         self.causes += found
         self.doubts += [("I5", "W12")] if any(c.confidence == "low" for c in found) else []
-        if not found and probe.gap is not None and probe.gap.tokens:
+        if not found and probe.compared:
             self.not_there.add("I5")
         self.missing["W12"] = "needs an update of the weights (--allow-updates)"
 
     def _own_trainer(self, setting: Setting, floor: float) -> None:
         """The trainer of this check against itself; a trainer of yours is asked by `check_rollouts`."""
-        own = {"R1", "R2", "R3", "R4", "R5"}
+        why = "this check runs a trainer of its own; yours is asked by trueup.parity.check_rollouts"
+        self.missing |= dict.fromkeys(("R1", "R2", "R3", "R4", "R5"), why)
         if self.quick:
-            self.missing |= dict.fromkeys(own, "left out of a quick check (--full)")
             return
         rows = setting.rows[:FEW]
         probes, causes = probe_trainer(self.bench.scorer.afresh, rows, verdicts.SELF_LIMIT * floor)
         self.probes += probes
         self.causes += causes
-        self.not_there |= own - {c.id for c in causes}
 
     def _updates(self, prompts: Prompts, floor: float) -> None:
         why = "needs an update of the weights (--allow-updates)"
@@ -342,7 +359,7 @@ class LiveCheck:
             "tokens": sum(r.tokens for r in reports), "environment": env.describe(),
             "allow_updates": self.check.allow_updates, "version_scan": bench.version_scan(groups[0]),
         }  # fmt: skip
-        if len(self.clients) > 1:
+        if len(self.clients) > 1 and len({r.replica for g in groups for r in g.rows}) == len(self.clients):
             self.not_there.add("W9")
         self.missing["W9"] = "one engine was given; repeat --engine for each replica"
         absent = sorted(self.not_there - {c.id for c in causes})
@@ -365,7 +382,7 @@ def check_engine(
 
     `progress` gets what is under way and the share of the check that is done.
     """
-    token = None if check.token_file is None else _token(check.token_file)
+    token = None if check.token_file is None else read_token(check.token_file)
     baseline = check.against
     if baseline and not baseline.startswith(URLS) and not (baseline.endswith(".json") and Path(baseline).is_file()):
         raise ConfigError(
@@ -378,10 +395,3 @@ def check_engine(
             stack.callback(clients[-1].close)
         bench = Workbench.of(check, announce)
         return LiveCheck(check=check, bench=bench, clients=clients, progress=progress).run()
-
-
-def _token(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise EngineError(f"--token-file {path} cannot be read: {error}") from None

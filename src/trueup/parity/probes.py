@@ -7,7 +7,7 @@ answers part, the token before which they had the same context is the last one c
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 from trueup.engines.probe_http import Answer, Ask, ProbeClient
@@ -18,6 +18,10 @@ EXPLICIT = {
     "frequency_penalty": 0.0,
 }  # fmt: skip
 """Every shaping field at its neutral value, for requests that leave nothing to the engine."""
+
+
+MIN_COMPARED = 16
+"""Tokens below which two answers that agree show nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +55,18 @@ class Probed:
 
     @property
     def differs(self) -> bool:
-        """Whether the changed thing made a difference beyond the limit."""
-        if self.gap is None:
-            return False
-        return self.gap.at_once > 1 or (self.gap.tokens > 0 and self.gap.rms > self.limit_rms)
+        """Whether the changed thing made a difference beyond the limit, in numbers or in the first tokens drawn."""
+        return self.gap is not None and (self.gap.at_once > 1 or self.numbers_differ)
+
+    @property
+    def numbers_differ(self) -> bool:
+        """Whether the numbers of tokens that both sides share are apart by more than the limit."""
+        return self.gap is not None and self.gap.tokens > 0 and self.gap.rms > self.limit_rms
+
+    @property
+    def compared(self) -> bool:
+        """Whether there was enough to compare for "alike" to mean something."""
+        return self.gap is not None and (self.gap.tokens >= MIN_COMPARED or self.gap.at_once > 1)
 
     def as_dict(self) -> dict[str, object]:
         """Return the JSON form."""
@@ -134,6 +146,34 @@ def asks_of(
 def scored(client: ProbeClient, rows: Sequence[TraceRow], *, together: bool) -> list[Answer]:
     """The engine's own raw scores of rows it generated."""
     return client.score([(r.prompt_token_ids, r.completion_token_ids) for r in rows], together=together)
+
+
+def against_itself(
+    client: ProbeClient,
+    asks: Callable[[], list[Ask]],
+    together: Sequence[Answer],
+    rows: Sequence[TraceRow],
+    *,
+    limit_rms: float,
+) -> list[Probed]:
+    """The engine against itself: the same requests twice, and alone against `together`, generated and scored.
+
+    `rows` carry the engine's scores of given tokens, made together (none: it cannot score). Given tokens never part, so
+    that every one of them is compared.
+    """
+    once, again = (client.generate(asks(), together=False) for _ in range(2))
+    probes = [
+        outcome("repeat", paired(once, again), limit_rms, "the same request twice, alone"),
+        outcome("batch", paired(once, together), limit_rms, "alone against together with others"),
+    ]
+    if rows:
+        alone, twice = (scored(client, rows, together=False) for _ in range(2))
+        batched = [Answer(ids=r.completion_token_ids, logprobs=r.completion_logprobs) for r in rows]
+        probes += [
+            outcome("repeat, scored", paired(alone, twice), limit_rms, "the same tokens scored twice, alone"),
+            outcome("batch, scored", paired(alone, batched), limit_rms, "tokens scored alone against with others"),
+        ]
+    return probes
 
 
 def cached_against_fresh(

@@ -14,11 +14,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from trueup.config import CheckConfig
 from trueup.errors import ConfigError, EngineError
 from trueup.parity.report import ParityReport
+from trueup.parity.terminal import clean
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
 def terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that what must be restored is."""
+    """SIGTERM and a hang-up raise KeyboardInterrupt, as Ctrl-C does, so that what must be restored is."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -26,20 +29,21 @@ def terminated_like_interrupted() -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in SIGNALS[1:]}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """SIGINT and SIGTERM wait for nothing here: they are ignored until the block is done."""
+    """Signals that would end the process are ignored until the block is done."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
     try:
         yield
     finally:
@@ -54,15 +58,15 @@ def run_with_progress(check: CheckConfig, console: Console) -> ParityReport:
     """
     if check.engine and check.trace is not None:
         raise ConfigError("name either --engine or --trace, not both (--against compares two)")
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
     with terminated_like_interrupted(), Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=1.0)
 
         def announce(message: str) -> None:
-            bar.update(task, description=message)
+            bar.update(task, description=clean(message))
 
         def progress(what: str, share: float) -> None:
-            bar.update(task, description=what, completed=share)
+            bar.update(task, description=clean(what), completed=share)
 
         try:
             if check.engine:
@@ -73,4 +77,4 @@ def run_with_progress(check: CheckConfig, console: Console) -> ParityReport:
 
             return check_trace(check, announce=announce)
         except KeyboardInterrupt:
-            raise EngineError("interrupted; nothing was concluded, and nothing on a server was changed") from None
+            raise EngineError("interrupted; nothing was concluded") from None

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trueup.config import CheckConfig
 from trueup.engines.probe_http import Answer, ProbeClient
-from trueup.errors import EngineError, TrueupError
+from trueup.errors import EngineError
 from trueup.parity.grouping import group
 from trueup.parity.probes import Probed, asks_of, cached_against_fresh, outcome, paired, scored
 from trueup.parity.progress import uninterrupted
@@ -36,6 +36,9 @@ CANARY_TOKENS = 24
 NOISE = 0.05
 """Of a tensor's own spread: visible in every group, far from breaking the model."""
 UPDATE_TIMEOUT_S = 120.0
+PROBE_VERSIONS = 900_000_000
+"""Numbers from here to twice this are the probe's: a number once served names one set of weights for good."""
+RESTORE_TRIES, RESTORE_PAUSE_S = 4, 1.0
 NEEDS = ("W1", "W2", "W3", "W4", "W12", "W15")
 
 
@@ -71,38 +74,40 @@ class UpdateProbe:
             return self.found
         folder = self.client.facts.weights_folder
         assert folder is not None
-        self.store = WeightStore(Path(folder))
+        self.store = WeightStore(Path(folder) / f".trueup-check-{time.time_ns()}")
+        self.served = self.client.facts.version or 0
         model = self.bench.scorer.model(self.bench.scorer.engine.body)
         self.original = {n: t.detach().clone() for n, t in model.stored_tensors().items()}
         rows = self._canary_rows()
         before = scored(self.client, rows, together=True)
+        if not rows or any(a.error for a in before):
+            why = "the engine does not score given tokens: nothing could be verified"
+            self.found.missing |= dict.fromkeys(NEEDS, why)
+            return self.found
         control = self._cached("before", warm=True)
+        interrupted = False
         try:
             progress("updating with the same weights", 0.75)
-            self._update(self.original)
+            self._update(self._publish(self.served, self.original))
             again = scored(self.client, rows, together=True)
-            same = outcome(
-                "no-op update", paired(before, again), self.limit_rms, "scores before and after the same weights"
-            )
+            words = "scores before and after the same weights"
+            same = outcome("no-op update", paired(before, again), self.limit_rms, words)
             self.found.probes.append(same)
             progress("updating with other weights", 0.8)
-            other = _perturbed(self.original)
-            version = self._update(other)
+            self._update(self._publish(PROBE_VERSIONS + time.time_ns() % PROBE_VERSIONS, _perturbed(self.original)))
             if not self._named_after_no_op(same):
-                self._judge_perturbed(rows, version)
+                self._judge_perturbed(rows, self.published[-1])
             self._stale_cache(control)
         except KeyboardInterrupt:
-            raise EngineError(f"interrupted; {self._put_back(rows, before, progress)}") from None
-        except BaseException:
-            self._put_back(rows, before, progress)
-            raise
-        self.found.notes.append(self._put_back(rows, before, progress))
+            interrupted = True
+        finally:
+            with uninterrupted():
+                progress("restoring the weights", 0.95)
+                note = self._restore(rows, before)
+        if interrupted:
+            raise EngineError(f"interrupted; {note}")
+        self.found.notes.append(note)
         return self.found
-
-    def _put_back(self, rows: list[TraceRow], before: Sequence[Answer], progress: Callable[[str, float], None]) -> str:
-        progress("restoring the weights", 0.95)
-        with uninterrupted():
-            return self._restore(rows, before)
 
     def _refused(self) -> str | None:
         facts = self.client.facts
@@ -125,19 +130,20 @@ class UpdateProbe:
             for i, (a, b) in enumerate(zip(asks, answers, strict=True), 1) if b.error is None
         ]  # fmt: skip
 
-    def _update(self, tensors: Mapping[str, Tensor], *, clear_cache: bool = False) -> int:
-        """Publish and load a version; return its number. Raises EngineError."""
-        status = self.client.http.get("/control/status")
-        version = max([int(status["version"]), *self.store.versions()]) + 1
-        snapshot = self.store.publish(version, tensors)
+    def _publish(self, version: int, tensors: Mapping[str, Tensor]) -> int:
+        """Write a version into a folder of the probe's own and return its number."""
+        self.store.publish(version, tensors)
         self.published.append(version)
-        body = {"path": str(snapshot.path), "clear_cache": clear_cache}
-        self.client.http.post("/control/update_weights", body, timeout_s=UPDATE_TIMEOUT_S)
         return version
+
+    def _update(self, version: int, *, clear_cache: bool = False) -> None:
+        """Have the engine load a published version. Raises EngineError."""
+        body = {"path": str(self.store.folder(version)), "clear_cache": clear_cache}
+        self.client.http.post("/control/update_weights", body, timeout_s=UPDATE_TIMEOUT_S)
 
     def _named_after_no_op(self, same: Probed) -> bool:
         if not same.differs:
-            self.found.not_there.add("W4")
+            self.found.not_there |= {"W4"} if same.compared else set()
             return False
         self.found.causes.append(
             Cause(
@@ -154,6 +160,9 @@ class UpdateProbe:
         now = [
             replace(r, completion_logprobs=a.logprobs) for r, a in zip(rows, answers, strict=True) if a.error is None
         ]
+        if not now:
+            self.found.notes.append(f"after an update of every tensor the engine scores nothing: {answers[0].error}")
+            return
         assert self.bench.check.model is not None
         with tempfile.TemporaryDirectory(prefix="trueup-check-") as place:
             model = checkpoint_of(Path(place) / "new", self.bench.check.model, self.store.folder(version))
@@ -186,7 +195,8 @@ class UpdateProbe:
         after = self._cached("after", warm=False)
         self.found.probes += [control, after]
         if control.differs or not after.differs:
-            self.found.not_there |= set() if control.differs else {"W12"}
+            if not control.differs and control.compared and after.compared:
+                self.found.not_there.add("W12")
             return
         self.found.causes.append(
             Cause(
@@ -198,17 +208,31 @@ class UpdateProbe:
         )  # fmt: skip
 
     def _restore(self, rows: list[TraceRow], before: Sequence[Answer]) -> str:
-        """Put the original weights back, compare the canary with what it was, and say how that went."""
-        try:
-            version = self._update(self.original, clear_cache=True)
-            gap = paired(before, scored(self.client, rows, together=True))
-        except TrueupError as error:
-            raise EngineError(f"THE ENGINE'S WEIGHTS WERE NOT RESTORED: {error}") from None
-        verified = gap.tokens > 0 and gap.rms <= self.limit_rms
-        state = "restored and verified" if verified else f"sent back, but scores differ by rms {gap.rms:.2g} nats"
-        for number in self.published[:-1]:
-            shutil.rmtree(self.store.folder(number), ignore_errors=True)
-        return f"the engine's weights were {state}; it serves them as version {version}"
+        """Have the engine load the original weights, which lie published already, until its scores are what they were.
+
+        Raises EngineError when they are not after RESTORE_TRIES.
+        """
+        why = "nothing was published"
+        for _ in range(RESTORE_TRIES if self.published else 0):
+            try:
+                self._update(self.published[0], clear_cache=True)
+                gap = paired(before, scored(self.client, rows, together=True))
+            except Exception as error:  # noqa: BLE001  (whatever failed, the weights must go back: try again)
+                why = str(error)
+                time.sleep(RESTORE_PAUSE_S)
+                continue
+            if gap.tokens and gap.rms <= self.limit_rms and not gap.failed:
+                shutil.rmtree(self.store.root, ignore_errors=True)
+                return f"the engine's weights were restored and verified; it serves version {self.served} as before"
+            why = f"scores differ from before by rms {gap.rms:.2g} nats over {gap.tokens} tokens"
+        if not self.published:
+            shutil.rmtree(self.store.root, ignore_errors=True)
+            return "the engine's weights were not touched"
+        damaged = {c.id for c in self.found.causes} & {"W4"}
+        if damaged:
+            shutil.rmtree(self.store.root, ignore_errors=True)
+            return f"the engine's weights were sent back, but loading changes them (W4): {why}; restart the engine"
+        raise EngineError(f"THE ENGINE'S WEIGHTS WERE NOT RESTORED: {why}; restart the engine")
 
 
 def _perturbed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trueup.engines.embedded.completions import CompletionWriter
@@ -66,7 +67,7 @@ class Planted:
                 if fault.name not in FAULTS:
                     raise EngineError(f"unknown fault {fault.name!r}{nearest(fault.name, FAULTS)}")
                 FAULTS[fault.name](site, **fault.values)
-        except (TypeError, KeyError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001  (whatever went wrong, nothing may stay planted)
             self._stack.close()
             loop.runner.refresh()
             raise error if isinstance(error, EngineError) else EngineError(f"{fault.title()}: {error}") from None
@@ -611,7 +612,7 @@ class _Gelu(_Product):
     """A product through another activation."""
 
     def __call__(self, states_TD: Tensor, *, activation: str = "none") -> Tensor:
-        return super().__call__(states_TD, activation="gelu")
+        return F.gelu(super().__call__(states_TD))
 
 
 def other_activation(site: Site) -> None:

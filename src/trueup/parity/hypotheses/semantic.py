@@ -81,7 +81,7 @@ def _truncation_unseeable(evidence: Evidence) -> str | None:
 
 def _closer_temperature(evidence: Evidence, variant: Variant, step: float) -> list[Variant]:
     value = variant.model.dist.temperature
-    near = sorted({round(value + sign * 0.04 * step, 4) for sign in (-1, 1)})
+    near = [t for sign in (-1, 1) if (t := round(value + sign * 0.04 * step, 4)) > 0]
     return [
         v
         for t in near
@@ -90,7 +90,6 @@ def _closer_temperature(evidence: Evidence, variant: Variant, step: float) -> li
             f"engine fits T'={t:g}, not the declared {evidence.case.processed.temperature:g}",
             temperature=t,
         )
-        if t > 0
     ]
 
 

@@ -90,7 +90,7 @@ def _dummy_table(evidence: Evidence, model: EngineModel) -> list[Variant]:
 
 def _own_versions(evidence: Evidence, model: EngineModel) -> tuple[EngineModel, bool] | None:
     """Every token under its stamped version, and whether tokens next to a switch are off by far more than the rest."""
-    if not model.source.plain or not evidence.facts.stamped:
+    if not model.source.plain or not evidence.facts.stamped or model.bias is not None or model.allowed:
         return None
     stamped = replace(model, source=replace(EXACT, weights=(STAMPED, EVERYTHING)))
     whole = evidence.everything
