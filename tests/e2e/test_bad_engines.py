@@ -1,6 +1,8 @@
 """Engines that are away, mute, broken or slow: exit 2 with one clear line, and nothing waits longer than it says."""
 
+import contextlib
 import json
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,6 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from trueup.cli import app
+from trueup.engines.http import HttpClient
+from trueup.errors import EngineError
 
 IDS = [5, 6, 7, 8]
 GOOD = {"choices": [{"index": 0, "token_ids": IDS, "logprobs": {"tokens": ["a"] * 4, "token_logprobs": [-1.0] * 4}}]}
@@ -97,6 +101,62 @@ def test_an_engine_that_hangs_costs_one_timeout_not_one_a_request(tiny_model):
     done, seconds = check(server.url, tiny_model, "--set", "check.request_timeout_s=2")
     assert "took longer than allowed" in one_line(done)
     assert seconds < 15, "the requests wait side by side, and none is sent after the first that timed out"
+
+
+STATUS_LINE = b"HTTP/1.1 200 OK\r\n"
+WHOLE_HEAD = STATUS_LINE + b"content-type: application/json\r\n\r\n"
+
+
+class Dripping(BadServer):
+    """Sends `pieces` without end, one every `pause_s`: each read of it is in time, the whole never is."""
+
+    def __init__(self, *, head, piece, pause_s=0.05):
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+        def serve(connection):
+            with connection, contextlib.suppress(OSError):
+                connection.recv(65536)
+                connection.sendall(head)
+                while True:
+                    connection.sendall(piece)
+                    time.sleep(pause_s)
+
+        def accept():
+            while True:
+                threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+
+
+@pytest.mark.parametrize(
+    "head",
+    [b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n"],
+    ids=["header", "body"],
+)
+def test_a_timeout_is_of_the_whole_answer_not_of_each_byte(head):
+    client = HttpClient(Dripping(head=head, piece=b"x").url)
+    start = time.monotonic()
+    with pytest.raises(EngineError, match="took longer than allowed"):
+        client.get("/v1/models", timeout_s=1.0)
+    assert time.monotonic() - start < 5
+    client.close()
+    with pytest.raises(EngineError, match="was closed"):
+        client.get("/v1/models")
+
+
+def test_an_answer_without_end_is_cut_off():
+    client = HttpClient(Dripping(head=WHOLE_HEAD, piece=b"x" * 4096, pause_s=0.0).url, max_bytes=2**20)
+    with pytest.raises(EngineError, match="answered more than"):
+        client.get("/v1/models")
+    client.close()
+
+
+def test_closing_ends_calls_under_way():
+    client = HttpClient(Dripping(head=STATUS_LINE, piece=b"x").url)
+    threading.Timer(0.5, client.close).start()
+    with pytest.raises(EngineError, match="was closed"):
+        client.get("/v1/models", timeout_s=30.0)
 
 
 def test_an_engine_that_dies_in_the_middle(tiny_model):

@@ -15,6 +15,7 @@ GUARDED = [
     ("GET", "/v1/models"), ("GET", "/metrics"), ("GET", "/control/status"), ("POST", "/v1/completions"),
     ("POST", "/v1/chat/completions"), ("POST", "/control/pause"), ("POST", "/control/resume"),
     ("POST", "/control/clear_cache"), ("POST", "/control/update_weights"), ("POST", "/control/score"),
+    ("POST", "/control/faults"),
 ]  # fmt: skip
 
 

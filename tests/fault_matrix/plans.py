@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,14 @@ class World:
 
 @dataclass(frozen=True)
 class Plan:
-    """Faults to plant and knobs of the check. `stage` names what happens to the weights before it (run.py)."""
+    """Faults to plant and knobs of the check. `stage` names what happens to the weights before it, or that the trainer
+    is on trial (world.py); then `trainer` is its mistake with numbers. `scale`: by how much new weights differ."""
 
     faults: tuple[tuple[str, dict[str, float | str]], ...] = ()
     knobs: dict[str, object] = field(default_factory=dict)
     stage: str = "none"
+    trainer: tuple[str, dict[str, float]] | None = None
+    scale: float = 0.08
 
 
 def _temperature(rng: random.Random) -> float:
@@ -249,11 +252,44 @@ def i15(rng: random.Random, w: World) -> Plan:
     return Plan(faults=(("noise", values),))
 
 
+def _mistaken(rng: random.Random, mistake: str, stage: str, **numbers: float) -> Plan:
+    """A trainer that goes wrong, asked as a function ("asked") or known by what it logged ("logged")."""
+    return Plan(stage=stage, trainer=(mistake, {"batch": float(rng.choice([2, 4, 6])), **numbers}))
+
+
+def t8(rng: random.Random, w: World) -> Plan:
+    return _mistaken(rng, "end", "logged", end=float(w.eos))
+
+
+def r1(rng: random.Random, w: World) -> Plan:
+    return _mistaken(rng, "dropout", "asked", strength=round(rng.uniform(0.03, 0.1), 3))
+
+
+def r2(rng: random.Random, w: World) -> Plan:
+    return _mistaken(rng, "positions", "absolute positions" if w.model == "tiny" else "logged")
+
+
+def r3(rng: random.Random, w: World) -> Plan:
+    return _mistaken(rng, "pack", rng.choice(["asked", "logged"]))
+
+
+def r4(rng: random.Random, w: World) -> Plan:
+    return _mistaken(rng, "attended", rng.choice(["asked", "logged"]))
+
+
+def r5(rng: random.Random, w: World) -> Plan:
+    return _mistaken(rng, "shape", "asked", strength=round(rng.uniform(0.03, 0.06), 3))
+
+
+def o7(rng: random.Random, w: World) -> Plan:
+    return Plan(stage="stale rows")
+
+
 PLANS: dict[str, Callable[[random.Random, World], Plan]] = {
     f.__name__.upper(): f
     for f in (
         s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, t1, t2, t3, t4, t5, t7, t9, t10, w1, w2, w3, w4, w5, w9, w10, w11,
-        w12, w15, w16, i1, i2, i3, i4, i5, i6, i8, i9, i11, i12, i14, i15,
+        w12, w15, w16, i1, i2, i3, i4, i5, i6, i8, i9, i11, i12, i14, i15, t8, r1, r2, r3, r4, r5, o7,
     )
 }  # fmt: skip
 
@@ -282,12 +318,13 @@ PAIRS: dict[str, Callable[[random.Random, World], Plan]] = {
 
 
 def _both(plan: Plan, fault: tuple[str, dict[str, float | str]]) -> Plan:
-    return Plan(faults=(*plan.faults, fault), knobs=plan.knobs, stage=plan.stage)
+    return replace(plan, faults=(*plan.faults, fault))
 
 
 BF16 = "under the bf16 floor"
 INVISIBLE: dict[tuple[str, str, str], str] = {
     ("tiny", "*", "T3"): "one token a character: decoding and encoding again changes nothing",
+    ("smollm2", "*", "R2"): "rotary positions are relative: padding moves all of a row alike",
     ("smollm2", "*", "T10"): "the logits lie far above 0: rows of zeros hold no mass",
     ("*", "bfloat16", "S10"): f"{BF16}: a tenth of a nat rounds by 0.03",
     ("*", "bfloat16", "I1"): f"{BF16}: the residual stream is bf16 already",

@@ -16,18 +16,15 @@ from pathlib import Path
 
 from tests.conftest import ROOT, SMOLLM2
 from tests.fault_matrix.plans import OUTSIDE, PAIRS, PLANS, Plan, invisible
+from tests.fault_matrix.severity import LADDERS, MISSES
 from tests.fault_matrix.world import Stand, dump, outcome, stand
 from trueup.errors import TrueupError
 from trueup.model.tiny import make_tiny
 
 OUT = ROOT / "docs" / "fault-matrix.jsonl"
 KNOBS: dict[str, dict[str, object]] = {"tiny": {}, "smollm2": {"prompts": 12, "tokens": 24}}
-CLEAN = (
-    "", "temperature=1.0", "temperature=0.6", "temperature=1.3", "temperature=0.8,top_p=0.9",
-    "temperature=1.2,top_k=20", "temperature=0.9,min_p=0.05", "temperature=0.8,repetition_penalty=1.2",
-    "temperature=1.0,presence_penalty=0.7",
-)  # fmt: skip
 MODEL_SEEDS = 5
+Wanted = tuple[str, str, int]
 
 
 def rng_of(model: str, dtype: str, group: str, name: str, draw: int) -> random.Random:
@@ -35,12 +32,27 @@ def rng_of(model: str, dtype: str, group: str, name: str, draw: int) -> random.R
     return random.Random(f"{model} {dtype} {group} {name} {draw}")
 
 
+def clean_plan(rng: random.Random) -> Plan:
+    """Any settings; the checker's own ones now and then."""
+    if rng.random() < 0.1:
+        return Plan()
+    shapes = [
+        "", f",top_p={rng.uniform(0.7, 0.99):.2f}", f",top_k={rng.randrange(3, 60)}",
+        f",min_p={rng.uniform(0.01, 0.1):.2f}", f",repetition_penalty={rng.uniform(1.02, 1.4):.2f}",
+        f",presence_penalty={rng.uniform(0.1, 1.0):.1f},frequency_penalty={rng.uniform(0.1, 0.6):.1f}",
+        f",top_p={rng.uniform(0.7, 0.99):.2f},top_k={rng.randrange(3, 60)}",
+    ]  # fmt: skip
+    return Plan(knobs={"sampling": f"temperature={rng.uniform(0.5, 1.5):.2f}{rng.choice(shapes)}"})
+
+
 def plan_of(made: Stand, group: str, name: str, draw: int) -> Plan:
     """The plan of one row."""
     rng = rng_of(made.world.model, made.dtype, group, name, draw)
     if group == "clean":
-        sampling = rng.choice(CLEAN)
-        return Plan(knobs={"sampling": sampling} if sampling else {})
+        return clean_plan(rng)
+    if group == "severity":
+        ladder = LADDERS[name]
+        return ladder.plan(ladder.levels[draw], made.world)
     return {"cause": PLANS, "outside": OUTSIDE, "pair": PAIRS}[group][name](rng, made.world)
 
 
@@ -50,8 +62,14 @@ def row_of(made: Stand, group: str, name: str, draw: int) -> dict[str, object]:
     row: dict[str, object] = {
         "model": made.world.model, "dtype": made.dtype, "group": group, "name": name, "draw": draw,
         "planted": [[n, v] for n, v in plan.faults], "stage": plan.stage,
-        "knobs": {k: v for k, v in plan.knobs.items()}, "invisible": invisible(made.world, name),
+        "knobs": dict(plan.knobs),
     }  # fmt: skip
+    if plan.trainer is not None:
+        row["trainer"] = list(plan.trainer)
+    if group == "severity":
+        row["level"] = LADDERS[name].levels[draw]
+    else:
+        row["invisible"] = invisible(made.world, name)
     started = time.monotonic()
     try:
         return row | outcome(made.carry_out(plan, seed=draw), name)
@@ -65,6 +83,33 @@ def model_of(name: str, folder: Path, seed: int = 0) -> Path:
     return SMOLLM2 if name == "smollm2" else make_tiny(folder / f"tiny{seed}", seed=seed)
 
 
+def wanted_rows(args: argparse.Namespace) -> list[Wanted]:
+    """(group, name, draw) of all rows that were asked for; a severity's draw is its level."""
+    wanted = [("cause", n, d) for n in PLANS for d in range(args.draws)]
+    wanted += [("outside", n, d) for n in OUTSIDE for d in range(min(args.draws, 2))]
+    wanted += [("pair", n, d) for n in PAIRS for d in range(args.pairs)]
+    wanted += [("clean", f"seed{d % MODEL_SEEDS}", d) for d in range(args.clean)]
+    if args.severity:
+        wanted += [("severity", n, level) for n, ladder in LADDERS.items() for level in range(len(ladder.levels))]
+    return [w for w in wanted if not args.only or w[1] in args.only]
+
+
+def carry_out(made: Stand, wanted: list[Wanted], known: dict[Wanted, bool], out: Path) -> None:
+    """Run rows that are not known, append and print them; a ladder is left after MISSES misses in a row."""
+    misses: dict[str, int] = {}
+    for group, name, draw in wanted:
+        if group == "severity" and misses.get(name, 0) >= MISSES:
+            continue
+        if (group, name, draw) not in known:
+            row = row_of(made, group, name, draw)
+            with out.open("a") as file:
+                file.write(dump(row) + "\n")
+            print(row["model"], row["dtype"], group, name, row.get("level", row["planted"]), row["verdict"],
+                  row["named"], row.get("error", ""), f"{row['seconds']} s", flush=True)  # fmt: skip
+            known[group, name, draw] = bool(row["first"])
+        misses[name] = 0 if known[group, name, draw] else misses.get(name, 0) + 1
+
+
 def main() -> None:
     """Parse, run what is missing, append."""
     parser = argparse.ArgumentParser()
@@ -73,34 +118,28 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--clean", type=int, default=0)
+    parser.add_argument("--severity", action="store_true")
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    done = set()
+    known: dict[Wanted, bool] = {}
     if args.out.is_file():
-        rows = [json.loads(line) for line in args.out.read_text().splitlines()]
-        done = {(r["model"], r["dtype"], r["group"], r["name"], r["draw"]) for r in rows}
-    wanted = [("cause", n, d) for n in PLANS for d in range(args.draws)]
-    wanted += [("outside", n, d) for n in OUTSIDE for d in range(min(args.draws, 2))]
-    wanted += [("pair", n, d) for n in PAIRS for d in range(args.pairs)]
-    wanted += [("clean", f"seed{d % MODEL_SEEDS}", d) for d in range(args.clean)]
-    todo = [w for w in wanted if (args.model, args.dtype, *w) not in done and (not args.only or w[1] in args.only)]
-    by_seed: dict[int, list[tuple[str, str, int]]] = {}
-    for group, name, draw in todo:
-        seed = draw % MODEL_SEEDS if group == "clean" and args.model == "tiny" else 0
-        by_seed.setdefault(seed, []).append((group, name, draw))
+        for row in map(json.loads, args.out.read_text().splitlines()):
+            if (row["model"], row["dtype"]) == (args.model, args.dtype):
+                known[row["group"], row["name"], row["draw"]] = row["first"]
+    by_seed: dict[int, list[Wanted]] = {}
+    for wanted in wanted_rows(args):
+        seed = wanted[2] % MODEL_SEEDS if wanted[0] == "clean" and args.model == "tiny" else 0
+        by_seed.setdefault(seed, []).append(wanted)
     with tempfile.TemporaryDirectory(prefix="fault-matrix-") as place:
-        for seed, rows_wanted in by_seed.items():
+        for seed, wanted_here in by_seed.items():
+            if all(w in known for w in wanted_here):
+                continue
             folder = Path(place) / f"seed{seed}"
             folder.mkdir()
             model = model_of(args.model, folder, seed)
             with stand(args.model, model, args.dtype, folder, **KNOBS[args.model]) as made:
-                for wanted_row in rows_wanted:
-                    row = row_of(made, *wanted_row)
-                    with args.out.open("a") as out:
-                        out.write(dump(row) + "\n")
-                    print(row["model"], row["dtype"], row["group"], row["name"], row["planted"], row["verdict"],
-                          row["named"], row.get("error", ""), f"{row['seconds']} s", flush=True)  # fmt: skip
+                carry_out(made, wanted_here, known, args.out)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tests.conftest import ROOT
 from tests.fault_matrix.plans import INVISIBLE, PLANS
+from tests.fault_matrix.severity import LADDERS
 
 SOURCE = ROOT / "docs" / "fault-matrix.jsonl"
 PAGE = ROOT / "docs" / "fault-matrix.md"
@@ -39,6 +40,47 @@ def _columns(rows: list[dict]) -> list[tuple[str, str]]:
 
 def _share(rows: list[dict]) -> str:
     return f"{sum(map(found, rows))} of {len(rows)}" if rows else "-"
+
+
+def smallest(rows: list[dict]) -> dict | None:
+    """The weakest level of a ladder at which, as at all stronger ones, the cause was named first."""
+    last = None
+    for row in sorted(rows, key=lambda r: r["draw"]):
+        if not found(row):
+            break
+        last = row
+    return last
+
+
+def _level(row: dict | None) -> str:
+    if row is None:
+        return "none"
+    size = f" (rms {row['rms']:.2g}, {row['rms'] / row['floor']:.1f} floors)" if row["rms"] and row["floor"] else ""
+    return f"{row['level']:g}{size}"
+
+
+def severity(rows: list[dict], columns: list[tuple[str, str]]) -> list[str]:
+    """The smallest effect of each id that was named, and what became of the next weaker one."""
+    swept = [r for r in rows if r["group"] == "severity"]
+    columns = [c for c in columns if any((r["model"], r["dtype"]) == c for r in swept)]
+    lines = [
+        "", "## How small an effect is named", "",
+        "Planted weaker and weaker; the weakest level at which, as at all stronger ones, the cause was named first,",
+        "with the rms of r in the worst setting, in nats and in predicted floors; then what was said of the next",
+        "weaker level. Ids that are not here are there or not there.", "",
+        "| id | level | " + " | ".join(f"{m} {d} | next" for m, d in columns) + " |",
+        "|---|---|" + "---|---|" * len(columns),
+    ]  # fmt: skip
+    for name, ladder in LADDERS.items():
+        cells = []
+        for column in columns:
+            here = [r for r in swept if r["name"] == name and (r["model"], r["dtype"]) == column]
+            best = smallest(here)
+            after = next((r for r in here if r["draw"] == (best["draw"] + 1 if best else 0)), None)
+            said = "-" if after is None else f"{after['level']:g}: {'+'.join(after['named']) or after['verdict']}"
+            cells += [_level(best), said]
+        lines.append(f"| {name} | {ladder.unit} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def page(rows: list[dict]) -> str:
@@ -84,6 +126,7 @@ def page(rows: list[dict]) -> str:
         here = [r for r in outside if r["name"] == name]
         seen = sum(r["verdict"] == "mismatch" for r in here)
         lines.append(f"- {name}: {seen} of {len(here)} called a mismatch, {named[name]} given a name")
+    lines += severity(rows, columns)
     pairs = [r for r in rows if r["group"] == "pair"]
     lines += ["", "## Two at once", ""]
     for name in dict.fromkeys(r["name"] for r in pairs):

@@ -1,13 +1,16 @@
 """The committed fault matrix: complete, up to its bars, and random rows of it come out the same when run again."""
 
+import itertools
 import random
 import time
+from collections import Counter
 
 import pytest
 
-from tests.fault_matrix.plans import PLANS
+from tests.fault_matrix.plans import OUTSIDE, PAIRS, PLANS
 from tests.fault_matrix.run import model_of, row_of
-from tests.fault_matrix.table import PAGE, SOURCE, found, page, read, visible
+from tests.fault_matrix.severity import LADDERS
+from tests.fault_matrix.table import PAGE, SOURCE, found, page, read, smallest, visible
 from tests.fault_matrix.world import stand
 
 pytestmark = pytest.mark.skipif(not SOURCE.is_file(), reason="run `make fault-matrix` first")
@@ -39,6 +42,28 @@ def test_no_clean_run_was_called_a_mismatch(rows):
 
 def test_what_has_no_name_gets_none(rows):
     assert all(not r["named"] for r in rows if r["group"] == "outside")
+
+
+def test_each_pair_of_faults_is_named_whole(rows):
+    pairs = [r for r in rows if r["group"] == "pair"]
+    assert {r["name"] for r in pairs} == set(PAIRS) and all(map(found, pairs)), [r for r in pairs if not found(r)]
+
+
+def test_every_ladder_was_climbed_down(rows):
+    swept = [r for r in rows if r["group"] == "severity"]
+    for dtype in ("float32", "bfloat16"):
+        for name in LADDERS:
+            here = [r for r in swept if (r["name"], r["dtype"]) == (name, dtype)]
+            assert dtype == "bfloat16" or smallest(here) is not None, f"{name}: not even the strongest is named"
+
+
+def test_enough_was_run(rows):
+    clean = Counter(r["model"] for r in rows if r["group"] == "clean")
+    assert clean["tiny"] >= 200 and clean["smollm2"] >= 20
+    for column in itertools.product(("tiny", "smollm2"), ("float32", "bfloat16")):
+        here = [r for r in rows if (r["model"], r["dtype"]) == column]
+        assert {r["name"] for r in here if r["group"] == "cause"} == set(PLANS), column
+        assert {r["name"] for r in here if r["group"] == "outside"} == set(OUTSIDE) and len(OUTSIDE) >= 5
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

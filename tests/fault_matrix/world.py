@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
-import threading
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import torch
 
 from tests.engine_kit import publish_perturbed
 from tests.fault_matrix.plans import Plan, World
+from tests.plain_trainer import PlainTrainer, make_tiny_gpt2
 from tests.server_kit import ServerProcess
 from trueup.config import CheckConfig
+from trueup.engines.probe_http import Answer, ProbeClient
 from trueup.model.load import load_model
+from trueup.parity import check_rollouts
 from trueup.parity.context import Contexts
 from trueup.parity.live import check_engine
+from trueup.parity.probes import asks_of
 from trueup.parity.prompts import TEXTS
 from trueup.parity.run import check_trace
 from trueup.parity.update_probe import checkpoint_of
@@ -26,8 +33,8 @@ from trueup.trace import write_trace
 from trueup.weights.store import WeightStore
 
 COMMON = (" the", ".", ",", "\n", " and", " of", " to", "e", "a", " ")
-IN_FLIGHT_TOKENS = 80
-PERTURBATION = 0.08
+ROWS = 12
+IN_FLIGHT_TOKENS, TRIAL_TOKENS = 80, 24
 
 
 def describe(name: str, model: Path, dtype: str) -> World:
@@ -59,6 +66,7 @@ class Stand:
         self.store.root.mkdir(parents=True, exist_ok=True)
         self.kind = getattr(torch, dtype)
         self._server()
+        self.client = ProbeClient(self.servers[0].url, token=self.servers[0].token, timeout_s=300)
 
     def _server(self) -> ServerProcess:
         number = len(self.servers)
@@ -75,6 +83,7 @@ class Stand:
 
     def close(self) -> None:
         """Stop what was started."""
+        self.client.close()
         for server in self.servers:
             server.stop()
 
@@ -104,10 +113,10 @@ class Stand:
         self.store.publish(version, load_model(self.model, dtype=self.kind).stored_tensors())
         return version
 
-    def perturbed(self) -> int:
-        """Publish other weights."""
+    def perturbed(self, scale: float) -> int:
+        """Publish other weights, noisy by a share of each tensor's spread."""
         version = self.next_version()
-        publish_perturbed(self.store, self.model, version, scale=PERTURBATION, dtype=self.kind)
+        publish_perturbed(self.store, self.model, version, scale=scale, dtype=self.kind)
         return version
 
     def checkpoint(self, version: int) -> Path:
@@ -121,7 +130,7 @@ class Stand:
             return self._staged(plan, seed)
         finally:
             self.plant(())
-            if plan.stage != "none":
+            if self.store.versions():
                 self.update(self.original())
                 for version in self.store.versions()[:-1]:
                     shutil.rmtree(self.store.folder(version))
@@ -131,22 +140,26 @@ class Stand:
         if plan.stage == "none":
             self.plant(plan.faults)
             return self.check(**knobs)
+        if plan.trainer is not None:
+            return self._on_trial(plan, seed)
         base = self.original()
         self.update(base)
         if plan.stage == "another model":
-            self.update(self.perturbed())
+            self.update(self.perturbed(plan.scale))
             return self.check(**knobs)
         if plan.stage == "one replica":
             if len(self.servers) < 2:
                 self._server()
-            new = self.perturbed()
+            new = self.perturbed(plan.scale)
             self.update(new)
             self.update(base, server=1)
             return self.check(replicas=2, model=self.checkpoint(new), **knobs)
         self.plant(plan.faults)
         if plan.stage == "in flight":
-            return self._in_flight(base, knobs)
-        versions = [self.perturbed() for _ in range(3 if plan.stage == "four updates" else 1)]
+            return self._in_flight(base, plan.scale, seed)
+        if plan.stage == "stale rows":
+            return self._stale_rows(base, plan.scale, seed)
+        versions = [self.perturbed(plan.scale) for _ in range(3 if plan.stage == "four updates" else 1)]
         for version in versions:
             self.update(version)
         older = tuple(self.store.folder(v) for v in (base, *versions[:-1]))
@@ -158,42 +171,83 @@ class Stand:
         values = {"engine": urls, "model": model or self.model, "token_file": self.folder / "token"} | knobs
         return check_engine(CheckConfig(**values))
 
-    def _in_flight(self, base: int, knobs):
-        """Rollouts that span an update, logged with their stamps, checked as a trace."""
-        tokenizer = Contexts(self.model).tokenizer
-        prompts = [tokenizer.encode(text, add_special_tokens=False) for text in TEXTS[:12]]
-        new = self.perturbed()
-        answers: dict[int, dict] = {}
-
-        def generate(index: int) -> None:
-            body = {
-                "prompt": prompts[index], "max_tokens": IN_FLIGHT_TOKENS, "seed": 1000 * knobs["seed"] + index,
-                "temperature": 1.0, "logprobs": 0, "return_token_ids": True, "ignore_eos": True,
-            }  # fmt: skip
-            answers[index] = self.post("/v1/completions", body)
-
-        threads = [threading.Thread(target=generate, args=(i,)) for i in range(len(prompts))]
-        before = self._generated()
-        for thread in threads:
-            thread.start()
-        while self._generated() - before < len(prompts) * IN_FLIGHT_TOKENS // 3:
-            time.sleep(0.005)
-        self.update(new)
-        for thread in threads:
-            thread.join()
-        rows = []
-        for index, answer in sorted(answers.items()):
-            choice = answer["choices"][0]
-            rows.append({
+    def _rows(self, prompts: Sequence[tuple[int, ...]], answers: Sequence[Answer]) -> list[dict[str, object]]:
+        """Answers as rows of a log."""
+        assert not any(a.error for a in answers), answers
+        return [
+            {
                 "engine": {"name": "trueup", "flags": {"dtype": self.dtype, "head_dtype": "float32"}},
                 "sampling": {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0},
-                "prompt_token_ids": prompts[index], "completion_token_ids": choice["token_ids"],
-                "completion_logprobs": choice["logprobs"]["token_logprobs"],
-                "weight_versions": [v for v, n in choice["weight_versions"] for _ in range(n)],
-            })  # fmt: skip
+                "prompt_token_ids": list(prompt), "completion_token_ids": list(answer.ids),
+                "completion_logprobs": list(answer.logprobs),
+            } | ({} if answer.versions is None else {"weight_versions": list(answer.versions)})
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]  # fmt: skip
+
+    def _prompts(self) -> list[tuple[int, ...]]:
+        """Prompts of different lengths."""
+        tokenizer = Contexts(self.model).tokenizer
+        texts = [tokenizer.encode(text, add_special_tokens=False) for text in TEXTS[:ROWS]]
+        return [tuple(ids[: 6 + 3 * i]) for i, ids in enumerate(texts)]
+
+    def _in_flight(self, base: int, scale: float, seed: int):
+        """Rollouts that span an update, logged with their stamps, checked as a trace."""
+        prompts, new = self._prompts(), self.perturbed(scale)
+        asks = asks_of(prompts, {"temperature": 1.0}, max_tokens=IN_FLIGHT_TOKENS, seed=seed)
+        before = self._generated()
+        with ThreadPoolExecutor(1) as pool:
+            answers = pool.submit(self.client.generate, asks, together=True)
+            while self._generated() - before < len(prompts) * IN_FLIGHT_TOKENS // 3:
+                time.sleep(0.005)
+            self.update(new)
+            rows = self._rows(prompts, answers.result())
         path = self.folder / f"in-flight-{new}.jsonl"
         write_trace(path, rows)
         return check_trace(CheckConfig(trace=path, model=self.checkpoint(new), checkpoints=(self.store.folder(base),)))
+
+    def _stale_rows(self, base: int, scale: float, seed: int):
+        """Half of the rollouts made before an update, half after; the older weights are gone."""
+        prompts, new = self._prompts(), self.perturbed(scale)
+        asks = asks_of(prompts, {"temperature": 1.0}, max_tokens=TRIAL_TOKENS, seed=seed)
+        answers = self.client.generate(asks[::2], together=True)
+        self.update(new)
+        answers += self.client.generate(asks[1::2], together=True)
+        return check_rollouts(self._rows([*prompts[::2], *prompts[1::2]], answers), model=self.checkpoint(new))
+
+    def _on_trial(self, plan: Plan, seed: int):
+        """Rollouts of the engine as it is, scored by a trainer that goes wrong."""
+        assert plan.trainer is not None
+        mistake, numbers = plan.trainer
+        values = {n: int(v) if n in ("batch", "end") else v for n, v in numbers.items()}
+        model, rows = self.model, self._trial_rows(seed, ended=mistake == "end")
+        if plan.stage == "absolute positions":
+            model, rows = self._gpt2_rows(seed)
+        trainer = PlainTrainer(model, mistake, dtype=self.kind, **values)
+        if plan.stage == "asked":
+            return check_rollouts(rows, model=model, trainer=trainer)
+        logged = trainer([SimpleNamespace(**r) for r in rows])
+        return check_rollouts(rows, model=model, trainer_logprobs=logged)
+
+    def _trial_rows(self, seed: int, *, ended: bool) -> list[dict[str, object]]:
+        prompts = self._prompts()
+        asks = asks_of(prompts, {"temperature": 1.0}, max_tokens=TRIAL_TOKENS, seed=seed)
+        answers = self.client.generate(asks, together=True)
+        if ended:
+            ids = [(*a.ids[:-1], self.world.eos) for a in answers]
+            answers = self.client.score(list(zip(prompts, ids, strict=True)), together=True)
+        return self._rows(prompts, answers)
+
+    def _gpt2_rows(self, seed: int) -> tuple[Path, list[dict[str, object]]]:
+        """A model whose positions are absolute, and rows with its own numbers: no engine serves it."""
+        model, chooser = self.folder / "gpt2", random.Random(seed)
+        if not model.is_dir():
+            make_tiny_gpt2(model)
+        prompts = [tuple(chooser.randrange(3, 90) for _ in range(4 + 3 * i)) for i in range(ROWS)]
+        ids = [tuple(chooser.randrange(3, 90) for _ in range(TRIAL_TOKENS)) for _ in prompts]
+        plain = [SimpleNamespace(prompt_token_ids=p, completion_token_ids=c) for p, c in zip(prompts, ids, strict=True)]
+        right = PlainTrainer(model, batch=1, dtype=self.kind)(plain)
+        answers = [Answer(ids=c, logprobs=tuple(v)) for c, v in zip(ids, right, strict=True)]
+        return model, self._rows(prompts, answers)
 
     def _generated(self) -> int:
         own = self.servers[0]
@@ -215,12 +269,16 @@ def outcome(report, cause: str) -> dict[str, object]:
     """One row's result, as it is written into the table."""
     named = [c.id for c in report.causes]
     ambiguous = sorted({i for s in report.settings for group in s.ambiguous for i in group})
+    worst = report.worst
+    rms, floor = (worst.gap.get("rms"), worst.noise_floor.get("rms")) if worst is not None else (None, None)
     return {
         "verdict": report.verdict,
         "named": named,
         "first": bool(named) and named[0] == cause,
         "ambiguous": ambiguous,
         "unexplained": sum(s.unexplained is not None for s in report.settings),
+        "rms": None if rms is None else float(f"{rms:.3g}"),
+        "floor": None if floor is None else float(f"{floor:.3g}"),
         "seconds": round(report.seconds, 1),
     }
 

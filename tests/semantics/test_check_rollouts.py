@@ -4,62 +4,11 @@ import numpy as np
 import pytest
 import torch
 from tests.plain_engine import PlainEngine, make_tiny_checkpoint
+from tests.plain_trainer import PlainTrainer, make_tiny_gpt2
 
-from trueup.errors import RecordError
+from trueup.errors import ConfigError, RecordError
 from trueup.parity import check_rollouts
 from trueup.trace import read_trace
-
-PAD = 0
-
-
-class PlainTrainer:
-    """A transformers model scoring batches the ordinary way; `mistake` says what is wrong with it."""
-
-    def __init__(self, folder, mistake="", *, batch=8):
-        from transformers import AutoModelForCausalLM
-
-        self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
-        self.mistake, self.batch = mistake, batch
-        self.generator = torch.Generator().manual_seed(0)
-
-    @torch.no_grad()
-    def __call__(self, rows):
-        found = []
-        for at in range(0, len(rows), self.batch):
-            found += self._batch(rows[at : at + self.batch])
-        return found
-
-    def _batch(self, rows):
-        sequences = [list(r.prompt_token_ids) + list(r.completion_token_ids) for r in rows]
-        if self.mistake == "pack":
-            flat = torch.tensor([i for s in sequences for i in s])
-            logits = self.model(flat[None]).logits[0]
-            starts = np.cumsum([0, *map(len, sequences)])[:-1]
-            return [self._read(logits[s : s + len(q)], q, r) for s, q, r in zip(starts, sequences, rows, strict=True)]
-        width = max(map(len, sequences))
-        left = self.mistake in ("positions", "attended")
-        ids = torch.full((len(rows), width), PAD)
-        mask = torch.zeros_like(ids)
-        for i, q in enumerate(sequences):
-            at = slice(width - len(q), width) if left else slice(0, len(q))
-            ids[i, at], mask[i, at] = torch.tensor(q), 1
-        if self.mistake == "attended":
-            mask[:] = 1
-        extra = {"position_ids": torch.arange(width).expand(len(rows), -1)} if left else {}
-        logits = self.model(ids, attention_mask=mask, **extra).logits
-        if self.mistake == "dropout":
-            logits = logits * (1 + 0.05 * torch.randn(logits.shape, generator=self.generator))
-        if self.mistake == "shape":
-            logits = logits * (1 + 0.02 * len(rows))
-        parts = [logits[i, width - len(q) :] if left else logits[i, : len(q)] for i, q in enumerate(sequences)]
-        return [self._read(z, q, r) for z, q, r in zip(parts, sequences, rows, strict=True)]
-
-    def _read(self, logits, sequence, row):
-        first = len(row.prompt_token_ids)
-        values = logits.log_softmax(-1)[first - 1 : -1].gather(1, torch.tensor(sequence[first:])[:, None])[:, 0]
-        if self.mistake == "end":
-            values = torch.where(torch.tensor(sequence[first:]) == 2, 0.0, values)
-        return values.tolist()
 
 
 @pytest.fixture(scope="module")
@@ -116,20 +65,7 @@ def test_positions_that_count_padding_are_found_where_positions_are_absolute(tmp
     """Rotary positions are relative and hide this mistake; GPT-2's are not."""
     from types import SimpleNamespace
 
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=96,
-        n_positions=256,
-        n_embd=64,
-        n_layer=2,
-        n_head=4,
-        initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    make_tiny_gpt2(tmp_path / "gpt2")
     chooser = np.random.default_rng(0)
     plain = [
         {
@@ -152,6 +88,16 @@ def test_positions_that_count_padding_are_found_where_positions_are_absolute(tmp
 def test_a_trainer_that_can_be_asked_again_is_probed(tiny_model, engine_rows, mistake, cause):
     report = check_rollouts(engine_rows, model=tiny_model, trainer=PlainTrainer(tiny_model, mistake))
     assert ids(report) == ([cause] if cause else []), ([c.as_dict() for c in report.causes], report.probes)
+    assert cause is None or (cause not in report.ruled_out and cause not in report.untested)
+    if cause is None:
+        assert {"R1", "R2", "R3", "R4", "R5"} <= set(report.ruled_out), "asked, and not seen"
+
+
+def test_a_knob_that_is_none_is_refused_by_name(tiny_model, engine_rows):
+    with pytest.raises(ConfigError, match=r"check_rollouts: unknown key 'check\.dtyp'.*check\.dtype"):
+        check_rollouts(engine_rows, model=tiny_model, dtyp="float32")
+    with pytest.raises(ConfigError, match="batch_rows"):
+        check_rollouts(engine_rows, model=tiny_model, batch_rows=0)
 
 
 def test_end_tokens_taken_for_padding_are_t8(tiny_model, engine_rows):

@@ -1,9 +1,17 @@
-"""HTTP as every remote engine uses it: bearer token, a timeout on every call, errors in the server's own words."""
+"""HTTP as every remote engine uses it: bearer token, errors in the server's own words, and an end to every call.
+
+A timeout of a socket read is no end: a server that sends a byte now and then would be waited for for good. Requests run
+in an event loop of the client's own, where a whole exchange has one deadline and answers have a size.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import ipaddress
 import json
+import threading
 from collections.abc import Mapping
+from concurrent.futures import CancelledError
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -13,25 +21,34 @@ from trueup.errors import EngineError, UnsupportedByEngine, WeightError
 
 CONNECT_TIMEOUT_S = 10.0
 QUICK_TIMEOUT_S = 30.0
+CLOSE_TIMEOUT_S = 5.0
 CONNECTIONS = 256
+MAX_ANSWER_BYTES = 256 * 2**20
+"""Ten thousand tokens with prompt logprobs and alternatives are a tenth of this."""
 
 
 class HttpClient:
     """JSON over HTTP to one server; may be used from several threads."""
 
-    def __init__(self, url: str, *, token: str | None = None) -> None:
+    def __init__(self, url: str, *, token: str | None = None, max_bytes: int = MAX_ANSWER_BYTES) -> None:
         """`url` is the server's root, with or without /v1. Raises EngineError when it is no http(s) address."""
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise EngineError(f"{url!r} is no engine address; expected http://HOST:PORT")
         self.url = url.rstrip("/").removesuffix("/v1")
+        self.max_bytes = max_bytes
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         limits = httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS)
         try:
             httpx.URL(self.url)
         except httpx.InvalidURL as error:
             raise EngineError(f"{url!r} is no engine address: {error}") from None
-        self._client = httpx.Client(base_url=self.url, headers=headers, limits=limits, trust_env=False)
+        self._client = httpx.AsyncClient(
+            base_url=self.url, headers=headers, limits=limits, trust_env=False, timeout=None
+        )
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name=f"http {self.url}")
+        self._thread.start()
 
     def get(self, path: str, *, timeout_s: float = QUICK_TIMEOUT_S) -> Any:
         """Return the answer's JSON. Raises EngineError."""
@@ -42,24 +59,66 @@ class HttpClient:
         return self._json("POST", path, body, timeout_s)
 
     def close(self) -> None:
-        """Close the connections."""
-        self._client.close()
+        """Close the connections; calls under way fail."""
+        if self._loop.is_closed():
+            return
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(CLOSE_TIMEOUT_S)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(CLOSE_TIMEOUT_S)
+        self._loop.close()
+
+    async def _end(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._client.aclose()
+
+    async def _exchange(
+        self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float
+    ) -> tuple[int, bytes]:
+        """Status and content of an answer, all within `timeout_s`."""
+        content = bytearray()
+        async with asyncio.timeout(timeout_s):
+            timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
+            async with self._client.stream(method, path, json=body, timeout=timeout) as answer:
+                async for chunk in answer.aiter_bytes():
+                    content += chunk
+                    if len(content) > self.max_bytes:
+                        raise EngineError(f"{self.url}{path} answered more than {self.max_bytes:,} bytes")
+                return answer.status_code, bytes(content)
 
     def _json(self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float) -> Any:
-        timeout = httpx.Timeout(max(timeout_s, 0.001), connect=min(CONNECT_TIMEOUT_S, max(timeout_s, 0.001)))
+        if self._loop.is_closed():
+            raise EngineError(f"the connection to {self.url} was closed")
+        work = asyncio.run_coroutine_threadsafe(self._exchange(method, path, body, timeout_s), self._loop)
         try:
-            answer = self._client.request(method, path, json=body, timeout=timeout)
-            content = answer.json() if answer.content else {}
-        except httpx.TimeoutException:
+            status, raw = work.result()
+            content = json.loads(raw) if raw else {}
+        except (TimeoutError, httpx.TimeoutException):
             raise EngineError(f"{self.url}{path} took longer than allowed ({timeout_s:g} s)") from None
+        except CancelledError:
+            raise EngineError(f"the connection to {self.url} was closed") from None
         except httpx.HTTPError as error:
             raise EngineError(f"{self.url}{path} cannot be reached: {error}") from None
         except (json.JSONDecodeError, UnicodeDecodeError):
-            raise EngineError(f"{self.url}{path} answered {answer.status_code} without JSON") from None
-        if answer.status_code >= 400:
+            raise EngineError(f"{self.url}{path} answered {status} without JSON") from None
+        except KeyboardInterrupt:
+            work.cancel()
+            raise
+        if status >= 400:
             kind, message = _error(content)
-            raise kind(f"{self.url}{path}: {answer.status_code}: {message}")
+            raise kind(f"{self.url}{path}: {status}: {message}")
         return content
+
+
+def is_loopback(url: str) -> bool:
+    """Whether an address is this machine's own, by its name alone: nothing is looked up."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _error(content: Any) -> tuple[type[EngineError] | type[WeightError], str]:

@@ -119,8 +119,11 @@ class ProbeClient:
 
         if not together:
             return [guarded(item) for item in items]
-        with ThreadPoolExecutor(min(PARALLEL, max(1, len(items)))) as pool:
+        pool = ThreadPoolExecutor(min(PARALLEL, max(1, len(items))))
+        try:
             return list(pool.map(guarded, items))
+        finally:  # when interrupted, what is under way ends with the connection
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _generate_one(self, ask: Ask) -> Answer:
         body: dict[str, Any] = {

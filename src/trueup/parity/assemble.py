@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from trueup.parity.catalogue import IMPLEMENTED, NOT_IMPLEMENTED, order_of
 from trueup.parity.report import Cause, SettingReport
+from trueup.trace import TraceRow
 
 NOT_BUILT = "not implemented: never named"
 
@@ -34,6 +35,19 @@ def ruled_out(reports: Sequence[SettingReport], named: Sequence[Cause], probed: 
     somewhere = {i for r in reports for i in r.ruled_out}
     possible = {i for r in reports for group in r.ambiguous for i in group} | {c.id for c in named}
     return sorted((somewhere | set(probed)) - possible, key=order_of)
+
+
+def reach(ruled_out: Sequence[str], rows: Sequence[TraceRow], *, by_ids: bool) -> list[str]:
+    """How far causes are ruled out that only longer sequences, or prompts sent as text (not `by_ids`), could show."""
+    notes = []
+    long = [i for i in ("T9", "I8", "I9") if i in ruled_out]
+    if long and rows:
+        longest = max(len(r.prompt_token_ids) + len(r.completion_token_ids) for r in rows)
+        notes.append(f"{' '.join(long)}: ruled out up to {longest} tokens, the longest sequence looked at")
+    worded = [i for i in ("T3", "T5") if i in ruled_out]
+    if worded and by_ids:
+        notes.append(f"{' '.join(worded)}: ruled out for prompts sent as token ids, as here; not for text or chat")
+    return notes
 
 
 def untested(reports: Sequence[SettingReport], tested: Sequence[str], missing: Mapping[str, str]) -> dict[str, str]:

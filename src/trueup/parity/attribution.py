@@ -100,7 +100,6 @@ class Attributor:
         floor_of: Callable[[EngineModel], Floor], limits: LimitsConfig, deadline: float = float("inf"),
     ) -> None:  # fmt: skip
         self.fit, self.held, self.floor_of, self.limits, self.deadline = fit, held, floor_of, limits, deadline
-        self.order = [h.id for h in hypotheses]
         self.unseeable = {h.id: why for h in hypotheses if (why := h.unseeable(fit))}
         seeable = [h for h in hypotheses if h.id not in self.unseeable]
         self.cheap = [h for h in seeable if not h.simulates]
@@ -306,7 +305,7 @@ class Attributor:
         kept = alone or kept
         best = min(kept, key=lambda c: self.held_loss(c.model))
         tied = [c for c in kept if not self._clearly_worse(c, best)]
-        return min(tied, key=lambda c: (len(c.path), [self.order.index(e.hypothesis.id) for e in c.path]))
+        return min(tied, key=lambda c: (len(c.path), [e.hypothesis.rank for e in c.path]))
 
     def _clearly_worse(self, candidate: _Candidate, best: _Candidate) -> bool:
         ours, theirs = self.held_residual(best.model), self.held_residual(candidate.model)

@@ -19,7 +19,7 @@ from trueup.engines.probe_http import Answer, Ask, EngineFacts, ProbeClient, rea
 from trueup.errors import ConfigError, EngineError
 from trueup.parity import verdicts
 from trueup.parity.against import URLS, against_baseline, against_engine
-from trueup.parity.assemble import merge, ruled_out, untested
+from trueup.parity.assemble import merge, reach, ruled_out, untested
 from trueup.parity.attribution import Attribution
 from trueup.parity.grouping import Setting, group, looks_like_float32
 from trueup.parity.hypotheses import ENGINE_WIDE
@@ -67,6 +67,7 @@ class LiveCheck:
     missing: dict[str, str] = field(default_factory=dict)
     doubts: list[tuple[str, ...]] = field(default_factory=list)
     base: dict[str, object] = field(default_factory=dict)
+    touched: str = "read-only: nothing on the server changed"
 
     @property
     def facts(self) -> EngineFacts:
@@ -340,6 +341,7 @@ class LiveCheck:
         self.causes += [c for c in outcome_.causes if c.id not in {k.id for k in self.causes}]
         self.not_there |= outcome_.not_there
         self.missing |= outcome_.missing
+        self.touched = f"updates allowed: {outcome_.restored or 'none was made'}"
         self.bench.notes += outcome_.notes
 
     def _report(self, reports: list[SettingReport], groups: Sequence[Setting], started: float) -> ParityReport:
@@ -357,17 +359,19 @@ class LiveCheck:
             "flags": dict(facts.info.flags), "flags_readable": facts.readable, "trainer": self.check.trainer,
             "trainer_arithmetic": bench.scorer.trainer.title(), "rows": sum(r.rows for r in reports),
             "tokens": sum(r.tokens for r in reports), "environment": env.describe(),
-            "allow_updates": self.check.allow_updates, "version_scan": bench.version_scan(groups[0]),
+            "touched": self.touched, "version_scan": bench.version_scan(groups[0]),
         }  # fmt: skip
         if len(self.clients) > 1 and len({r.replica for g in groups for r in g.rows}) == len(self.clients):
             self.not_there.add("W9")
         self.missing["W9"] = "one engine was given; repeat --engine for each replica"
         absent = sorted(self.not_there - {c.id for c in causes})
         named = [c.id for c in causes]
+        excluded = ruled_out(reports, causes, absent)
         return ParityReport(
-            header=header, settings=tuple(reports), causes=tuple(causes), notes=tuple(bench.notes),
+            header=header, settings=tuple(reports), causes=tuple(causes),
+            notes=(*bench.notes, *reach(excluded, [r for g in groups for r in g.rows], by_ids=True)),
             problems=tuple(bench.problems), untested=untested(reports, [*absent, *named], self.missing),
-            ruled_out=tuple(ruled_out(reports, causes, absent)), seconds=time.monotonic() - started,
+            ruled_out=tuple(excluded), seconds=time.monotonic() - started,
             recipe=advice(groups), probes=tuple(p.as_dict() for p in self.probes),
         )  # fmt: skip
 

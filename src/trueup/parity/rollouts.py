@@ -7,14 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trueup.config import CheckConfig
+from trueup.config import build_config
 from trueup.errors import RecordError, TraceError
 from trueup.parity.assemble import merge
+from trueup.parity.catalogue import order_of
 from trueup.parity.grouping import group
 from trueup.parity.recipe import TRAINERS
 from trueup.parity.report import ParityReport
 from trueup.parity.run import check_rows
-from trueup.parity.trainer_check import Trainer, probe_trainer
+from trueup.parity.trainer_check import Trainer, not_there, probe_trainer
 from trueup.parity.verdicts import SELF_LIMIT
 from trueup.parity.workbench import Workbench
 from trueup.trace import SCHEMA, Trace, TraceRow, parse_row
@@ -63,12 +64,12 @@ def check_rollouts(
     array [T] a row, in nats, what your trainer computed for the same tokens: it is compared with what this trainer
     computes from `model` (a checkpoint folder), and a gap on its side is explained too (R2, R3, R4, T8). `trainer`:
     your trainer as a function of rows, which is asked again with one thing changed (R1, R3, R4, R5). `knobs` are those
-    of CheckConfig, e.g. trainer="trl" under the name `kind`, dtype, checkpoints. Raises TrueupError when nothing can be
-    tested.
+    of CheckConfig, e.g. trainer="trl" under the name `kind`, dtype, checkpoints. Raises ConfigError for a knob that is
+    none, TrueupError when nothing can be tested.
     """
     if "kind" in knobs:
         knobs["trainer"] = knobs.pop("kind")
-    check = CheckConfig(model=Path(model), **knobs)
+    check = build_config({"check": {"model": str(model), **knobs}}, where="check_rollouts").check
     bench = Workbench.of(check, lambda message: None)
     parsed = rows_of(rows, trainer_logprobs)
     report = check_rows(bench, Trace(path=Path("rollouts"), rows=parsed, problems=()))
@@ -78,8 +79,12 @@ def check_rollouts(
     settings = bench.fit_for_model(group(trace, TRAINERS[check.trainer], []))
     limit = SELF_LIMIT * bench.floor_rms(settings[0])
     probes, causes = probe_trainer(trainer, settings[0].rows, limit)
+    named = {c.id for c in causes}
+    absent = not_there(probes, named)
     return replace(
         report,
         causes=tuple(merge(report.settings, causes)),
+        ruled_out=tuple(sorted({*report.ruled_out, *absent} - named, key=order_of)),
+        untested={i: why for i, why in report.untested.items() if i not in absent | named},
         probes=(*report.probes, *(p.as_dict() for p in probes)),
     )

@@ -11,7 +11,7 @@ from trueup import env
 from trueup.config import CheckConfig
 from trueup.errors import ConfigError, RecordError, TraceError
 from trueup.parity.against import compare_against
-from trueup.parity.assemble import merge, ruled_out, untested
+from trueup.parity.assemble import merge, reach, ruled_out, untested
 from trueup.parity.attribution import Attribution
 from trueup.parity.grouping import Setting, group
 from trueup.parity.hypotheses import ENGINE_WIDE
@@ -106,10 +106,12 @@ def check_rows(bench: Workbench, trace: Trace) -> ParityReport:
         "tokens": sum(r.tokens for r in reports), "environment": env.describe(),
         "version_scan": bench.version_scan(settings[0]),
     }  # fmt: skip
+    excluded = ruled_out(reports, causes)
     return ParityReport(
-        header=header, settings=tuple(reports), causes=tuple(causes), notes=tuple(bench.notes),
+        header=header, settings=tuple(reports), causes=tuple(causes),
+        notes=(*bench.notes, *reach(excluded, trace.rows, by_ids=False)),
         problems=tuple(bench.problems), untested=untested(reports, [c.id for c in causes], LOG_CANNOT_SHOW),
-        ruled_out=tuple(ruled_out(reports, causes)), seconds=time.monotonic() - started, recipe=advice(settings),
+        ruled_out=tuple(excluded), seconds=time.monotonic() - started, recipe=advice(settings),
     )  # fmt: skip
 
 

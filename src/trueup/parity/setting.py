@@ -187,7 +187,9 @@ class SettingJudge:
             causes=tuple(replace(c, settings=(label,)) for c in causes),
             unexplained=unexplained,
             ambiguous=found.ambiguous if outcome == "mismatch" else (),
-            ruled_out=(*found.ruled_out, *(i for i in INVARIANTS if i not in {c.id for c in causes})),
+            ruled_out=()
+            if outcome == "inconclusive"
+            else (*found.ruled_out, *(i for i in INVARIANTS if i not in {c.id for c in causes})),
             untested=untested,
             kept_mass=float(scores.log_kept_mass_T.double().exp().mean()) if setting.case.processed.truncates else None,
             points=_points(evidence, now),

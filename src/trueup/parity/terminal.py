@@ -55,7 +55,8 @@ def _header(report: ParityReport) -> Iterator[tuple[str, str]]:
     yield "engine", f"{', '.join(map(str, engines))}, {header['engine_arithmetic']}; flags: {declared}"
     yield (
         "trainer",
-        f"transformers, {header['trainer_arithmetic']}, compared as {header['trainer']!r}" + _touched(header),
+        f"transformers, {header['trainer_arithmetic']}, compared as {header['trainer']!r}"
+        + (f"     {header['touched']}" if header.get("touched") else ""),
     )
     settings = report.settings
     edges = sum(len(s.edge_tokens) for s in settings)
@@ -65,13 +66,6 @@ def _header(report: ParityReport) -> Iterator[tuple[str, str]]:
         f"{header['rows']} completions, {header['tokens']} tokens, {len(settings)} sampling settings; {singles} tokens "
         f"with a one-token kept set, {edges} on its edge (counted, not scored)",
     )
-
-
-def _touched(header: Mapping[str, object]) -> str:
-    if header.get("url") is None:
-        return ""
-    changed = "weights were updated and put back" if header["allow_updates"] else "nothing on the server changed"
-    return f"     {'updates allowed' if header['allow_updates'] else 'read-only'}: {changed}"
 
 
 def _cause(console: Console, cause: Cause, report: ParityReport) -> None:

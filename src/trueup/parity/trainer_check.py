@@ -7,7 +7,7 @@ of equal length (packed or batched, nothing padded). What it logged once can onl
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from trueup.parity.grouping import Setting
@@ -88,6 +88,15 @@ def probe_trainer(trainer: Trainer, rows: Sequence[TraceRow], limit_rms: float) 
         return probes, [_cause("R3", "later sequences of a batch see earlier ones", fix, unpadded)]
     fix = "one micro-batch shape for old and new logprobs, or batch-invariant kernels"
     return probes, [_cause("R5", "the trainer's numbers depend on the shape of its micro-batch", fix, unpadded)]
+
+
+def not_there(probes: Sequence[Probed], named: Collection[str]) -> set[str]:
+    """Causes that a function asked this way would have shown, and did not."""
+    seen = {p.name: p for p in probes if p.compared}
+    absent = {"R1"} if "trainer twice" in seen and "R1" not in named else set()
+    if "trainer alone" in seen and not seen["trainer alone"].differs:
+        absent |= {"R2", "R3", "R4", "R5"}
+    return absent
 
 
 def _cut_to_equal(rows: Sequence[TraceRow]) -> list[TraceRow]:

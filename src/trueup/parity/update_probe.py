@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from trueup.config import CheckConfig
+from trueup.engines.http import is_loopback
 from trueup.engines.probe_http import Answer, ProbeClient
 from trueup.errors import EngineError
 from trueup.parity.grouping import group
@@ -44,13 +45,14 @@ NEEDS = ("W1", "W2", "W3", "W4", "W12", "W15")
 
 @dataclass(kw_only=True)
 class UpdateOutcome:
-    """What the updates showed."""
+    """What the updates showed, and in `restored` what became of the weights ("": they were never touched)."""
 
     probes: list[Probed] = field(default_factory=list)
     causes: list[Cause] = field(default_factory=list)
     not_there: set[str] = field(default_factory=set)
     missing: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    restored: str = ""
 
 
 class UpdateProbe:
@@ -106,13 +108,15 @@ class UpdateProbe:
                 note = self._restore(rows, before)
         if interrupted:
             raise EngineError(f"interrupted; {note}")
-        self.found.notes.append(note)
+        self.found.restored = note
         return self.found
 
     def _refused(self) -> str | None:
         facts = self.client.facts
         if facts.kind != "trueup":
             return "this version of trueup updates servers of its own kind only"
+        if not is_loopback(self.client.url):
+            return "the server is not on this machine: a folder that it names means nothing here"
         if not facts.weights_folder or not Path(facts.weights_folder).is_dir():
             return "the server takes no weights from a folder on this machine (trueup serve --weights FOLDER)"
         if facts.digest != self.bench.manifest_digest():

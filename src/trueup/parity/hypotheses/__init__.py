@@ -50,10 +50,15 @@ class Hypothesis:
     def __post_init__(self) -> None:
         assert self.layer in LAYERS, self.layer
 
+    @property
+    def rank(self) -> tuple[int, str]:
+        """Its place in the order of a migration study: layer, then id."""
+        return LAYERS.index(self.layer), self.id
+
 
 def all_hypotheses() -> tuple[Hypothesis, ...]:
     """Return every hypothesis of every module in this folder, in order of layer, then id."""
     found: list[Hypothesis] = []
     for module in sorted(pkgutil.iter_modules(__path__), key=lambda m: m.name):
         found.extend(importlib.import_module(f"{__name__}.{module.name}").HYPOTHESES)
-    return tuple(sorted(found, key=lambda h: (LAYERS.index(h.layer), h.id)))
+    return tuple(sorted(found, key=lambda h: h.rank))
