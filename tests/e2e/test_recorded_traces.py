@@ -15,7 +15,7 @@ T1, TOP_P, TOP_K, HOT, PENALTY = (
 
 
 def slow(name):
-    """A second trace of a kind: in `make test-slow`, so that `make test` stays under ten minutes."""
+    """A second trace of a kind. A trace takes a minute: most are in `make test-slow`."""
     return pytest.param(name, marks=pytest.mark.slow)
 
 
@@ -56,7 +56,7 @@ def test_the_numbers_of_the_migration_case(smollm2):
     assert setting.causes[0].explained > 0.85
 
 
-@pytest.mark.parametrize("name", ["0.18.1-processed", "0.32.0-processed"])
+@pytest.mark.parametrize("name", ["0.18.1-processed", slow("0.32.0-processed")])
 def test_processed_logprobs_agree_within_the_predicted_bf16_floor(smollm2, name):
     report = checked(name)
     assert report.exit_code == 0 and not report.causes
@@ -67,7 +67,8 @@ def test_processed_logprobs_agree_within_the_predicted_bf16_floor(smollm2, name)
     assert {"S3", "S8", "T1"} <= set(report.ruled_out)
 
 
-@pytest.mark.parametrize("name", ["0.18.1-processed", slow("0.32.0-processed-fp32")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["0.18.1-processed", "0.32.0-processed-fp32"])
 def test_a_trainer_that_ignores_truncation_sees_s4_and_the_kept_mass(smollm2, name):
     by_label = settings(checked(name, "trl"))
     for label in (TOP_P, TOP_K):
@@ -77,6 +78,7 @@ def test_a_trainer_that_ignores_truncation_sees_s4_and_the_kept_mass(smollm2, na
     assert ids(by_label[PENALTY]) == ["S6"]
 
 
+@pytest.mark.slow
 def test_a_float32_engine_agrees_to_the_float32_floor(smollm2):
     report = checked("0.32.0-processed-fp32")
     assert report.exit_code == 0
@@ -86,6 +88,7 @@ def test_a_float32_engine_agrees_to_the_float32_floor(smollm2):
         assert all({"line", "token", "id"} == set(edge) for edge in setting.edge_tokens)
 
 
+@pytest.mark.slow
 def test_v0_is_processed_and_its_wide_floor_is_truncating_bf16_stores(smollm2):
     report = checked("0.8.5-v0")
     assert report.exit_code == 1
@@ -98,6 +101,7 @@ def test_v0_is_processed_and_its_wide_floor_is_truncating_bf16_stores(smollm2):
     assert {"S3", "S8", "T1"} <= set(report.ruled_out)
 
 
+@pytest.mark.slow
 def test_v0_under_a_trl_trainer_has_two_causes_both_named(smollm2):
     setting = settings(checked("0.8.5-v0", "trl"))[TOP_P]
     assert sorted(ids(setting)) == ["I1", "S4"]

@@ -55,9 +55,9 @@ LADDERS: dict[str, Ladder] = {
         ),
     ),
     "S4": Ladder(
-        "1 - top-p", SHARES,
+        "1 - top-p, T=0.8", SHARES,
         lambda level, w: Plan(
-            faults=(("full_vocabulary", {}),), knobs={"sampling": f"temperature=1.0,top_p={1 - level}"}
+            faults=(("full_vocabulary", {}),), knobs={"sampling": f"temperature=0.8,top_p={1 - level}"}
         ),
     ),
     "S5": Ladder(
@@ -73,9 +73,9 @@ LADDERS: dict[str, Ladder] = {
         ),
     ),
     "S7": Ladder(
-        "ids forbidden", (100.0, 80.0, 60.0, 40.0, 20.0),
+        "ids forbidden of 128", (112.0, 104.0, 96.0, 88.0, 72.0),
         lambda level, w: Plan(
-            faults=(("grammar", {"ids": " ".join(str(i) for i in range(int(level), 120)), "every": 6.0}),),
+            faults=(("grammar", {"ids": " ".join(str(i) for i in range(int(level), 128)), "every": 6.0}),),
             knobs={"sampling": "temperature=1.0"},
         ),
     ),

@@ -25,7 +25,14 @@ def tiny(tmp_path_factory):
     return make_tiny(tmp_path_factory.mktemp("m") / "tiny", seed=3)
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+BOTH = [
+    pytest.param(torch.float32, id="float32"),
+    pytest.param(torch.bfloat16, id="bfloat16", marks=pytest.mark.slow),
+]
+"""The fault matrix's random rows are bfloat16 too, in `make test`."""
+
+
+@pytest.fixture(scope="module", params=BOTH)
 def live(request, tiny, tmp_path_factory):
     with served(tiny, tmp_path_factory.mktemp("live"), dtype=request.param) as running:
         yield running

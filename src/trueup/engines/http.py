@@ -96,7 +96,7 @@ class HttpClient:
             status, raw = work.result()
             content = json.loads(raw) if raw else {}
         except (TimeoutError, httpx.TimeoutException):
-            raise EngineError(f"{self.url}{path} took longer than allowed ({timeout_s:g} s)") from None
+            raise EngineError(f"{self.url}{path} took longer than allowed ({max(timeout_s, 0.0):g} s)") from None
         except CancelledError:
             raise EngineError(f"the connection to {self.url} was closed") from None
         except httpx.HTTPError as error:

@@ -7,8 +7,9 @@ trainer, weights and arithmetic are right, and whatever is wrong with its rollou
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -67,6 +68,7 @@ class LiveCheck:
     missing: dict[str, str] = field(default_factory=dict)
     doubts: list[tuple[str, ...]] = field(default_factory=list)
     base: dict[str, object] = field(default_factory=dict)
+    lines: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     touched: str = "read-only: nothing on the server changed"
 
     @property
@@ -97,7 +99,7 @@ class LiveCheck:
         groups = self._settings([r for group_rows in rows.values() for r in group_rows])
         scoring = self._scoring_setting(scores) if scores else None
         self.bench.prefetch([*([scoring] if scoring else []), *groups])
-        floor = self._floor(scoring or groups[0])
+        floor = self.bench.floor_rms(scoring or groups[0])
         self.base = settings[0]
         self._self_consistency(prompts, answers[first], scores, floor)
         silent = min(settings, key=len)
@@ -148,22 +150,16 @@ class LiveCheck:
     def _rows(
         self, prompts: Prompts, sampling: dict[str, object], answers: Sequence[Sequence[Answer]]
     ) -> list[TraceRow]:
-        rows = []
-        for client, group_answers in zip(self.clients, answers, strict=True):
-            for prompt, answer in zip(prompts.ordinary, group_answers, strict=True):
-                if answer.error is None:
-                    rows.append(self._row(client, sampling, prompt, answer))
-        return rows
-
-    def _row(
-        self, client: ProbeClient, sampling: dict[str, object], prompt: tuple[int, ...], answer: Answer
-    ) -> TraceRow:
-        self._line = getattr(self, "_line", 0) + 1
-        return TraceRow(
-            line=self._line, engine=self.facts.info, sampling=sampling, prompt_token_ids=prompt,
-            completion_token_ids=answer.ids, completion_logprobs=answer.logprobs, weight_versions=answer.versions,
-            replica=client.url if len(self.clients) > 1 else None,
-        )  # fmt: skip
+        return [
+            TraceRow(
+                line=next(self.lines), engine=self.facts.info, sampling=sampling, prompt_token_ids=prompt,
+                completion_token_ids=answer.ids, completion_logprobs=answer.logprobs, weight_versions=answer.versions,
+                replica=client.url if len(self.clients) > 1 else None,
+            )
+            for client, group_answers in zip(self.clients, answers, strict=True)
+            for prompt, answer in zip(prompts.ordinary, group_answers, strict=True)
+            if answer.error is None
+        ]  # fmt: skip
 
     def _require_answers(self, answers: dict[str, list[list[Answer]]]) -> None:
         """Raise EngineError when too few requests came back; name what the errors say."""
@@ -177,7 +173,7 @@ class LiveCheck:
         dead = [c.url for c, own in zip(self.clients, zip(*answers.values(), strict=True), strict=True)
                 if all(a.error for group in own for a in group)]  # fmt: skip
         empty = [key for key, own in answers.items() if all(a.error for group in own for a in group)]
-        if dead or empty or len(failed) > (1 - MIN_OK) * len(flat):
+        if dead or empty or (cause is None and len(failed) > (1 - MIN_OK) * len(flat)):
             raise EngineError(f"{len(failed)} of {len(flat)} requests failed: {failed[0]}")
         self.bench.problems.append(f"{len(failed)} of {len(flat)} requests failed, first: {failed[0]}")
 
@@ -224,9 +220,6 @@ class LiveCheck:
         )[0].case  # fmt: skip
         case = replace(case, sampling=SamplingParams(), trainer=LogprobKind.RAW, tag=SCORED, omitted=())
         return Setting(case=case, rows=tuple(rows))
-
-    def _floor(self, setting: Setting) -> float:
-        return self.bench.floor_rms(setting)
 
     def _self_consistency(
         self, prompts: Prompts, together: Sequence[Sequence[Answer]], scores: Sequence[TraceRow], floor: float
@@ -292,6 +285,7 @@ class LiveCheck:
             if given is None and judged.found is not None and not judged.found.model.source.plain:
                 given = judged.found
         self.causes = verdicts.not_explained_by(reports, self.causes)
+        self.causes = verdicts.hidden_defaults(self.probes, reports, self.causes)
         generation = verdicts.generation_against_scoring(reports, self.causes)
         if generation is not None:
             self.causes.append(generation)

@@ -77,6 +77,25 @@ def self_consistency(probes: Sequence[Probed]) -> list[Cause]:
     ]  # fmt: skip
 
 
+def hidden_defaults(probes: Sequence[Probed], reports: Sequence[SettingReport], causes: Sequence[Cause]) -> list[Cause]:
+    """Add S5 if spelling fields out moves the numbers by more than asking twice or alone does, unless a setting's
+    numbers have named it already, with its fields. I3 goes then: rounding moves the edge of a hidden kept set."""
+    probe = next((p for p in probes if p.name == "defaults"), None)
+    noise = max((p.gap.rms for p in probes if p.name in ("repeat", "batch") and p.gap is not None), default=0.0)
+    if probe is None or not probe.numbers_differ or probe.gap is None or probe.gap.rms <= FACTOR * noise:
+        return list(causes)
+    rest = [c for c in causes if c.id != "I3"]
+    if any(c.id == "S5" for r in reports for c in r.causes):
+        return rest
+    return [
+        *rest,
+        _cause(
+            "S5", "semantic", "the engine applies sampling defaults that no request set",
+            "--generation-config vllm, and send every sampling field explicitly", probe.text,
+        ),
+    ]  # fmt: skip
+
+
 def generation_against_scoring(reports: Sequence[SettingReport], causes: Sequence[Cause]) -> Cause | None:
     """I4 if the engine's scores fit the trainer, what it reported at T=1 for the same tokens does not, and nothing else
     explains that."""
@@ -118,20 +137,15 @@ def not_explained_by(reports: Sequence[SettingReport], causes: Sequence[Cause]) 
     return [c for c in causes if c.id not in VOIDING]
 
 
-def _without_guesses(report: SettingReport) -> SettingReport:
-    kept = tuple(c for c in report.causes if c.layer != "semantic" or c.confidence == "high")
-    return replace(report, causes=kept)
-
-
 def settle(reports: Sequence[SettingReport], causes: Sequence[Cause]) -> list[SettingReport]:
     """Drop guesses that other evidence speaks against.
 
     Where a probe has shown why numbers move, incomplete explanations from those numbers are void; where the engine's
-    own scores are off for no known reason, so is half an explanation by how tokens are sampled.
+    own scores, in which nothing is sampled, are off for no known reason, so is any explanation by how tokens are.
     """
     scoring = next((r for r in reports if "scores]" in r.label), None)
     if scoring is not None and scoring.unexplained is not None and not scoring.causes:
-        reports = [_without_guesses(r) for r in reports]
+        reports = [replace(r, causes=tuple(c for c in r.causes if c.id not in SAMPLING_ONLY)) for r in reports]
     if not {c.id for c in causes} & VOIDING:
         return list(reports)
     return [

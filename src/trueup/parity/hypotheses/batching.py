@@ -12,7 +12,7 @@ import torch
 from trueup.parity.evidence import EXACT, EngineModel, Evidence
 from trueup.parity.hypotheses import Hypothesis, Variant
 
-SIZES = (2, 4, 8, 16, 32, 64)
+SIZES = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 MIN_ZEROS = 3
 NOT_LOGGED = "needs your trainer's own logprobs (trainer_logprobs in the trace, or check_rollouts)"
 

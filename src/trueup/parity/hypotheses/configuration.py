@@ -8,11 +8,11 @@ from trueup.model.altered import ALTERATIONS
 from trueup.parity.evidence import EXACT, EngineModel, Evidence, HeadEdit
 from trueup.parity.hypotheses import Hypothesis, Variant
 
-THETA_FACTORS = (0.03, 0.1, 0.3, 3.0, 10.0, 30.0)
-LINEAR_FACTORS = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+THETA_FACTORS = (0.03, 0.1, 0.3, 0.6, 0.9, 1.1, 1.6, 3.0, 10.0, 30.0)
+LINEAR_FACTORS = (1.05, 1.2, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 WINDOWS = (4, 8, 16, 32, 64, 128, 256, 512)
-SOFTCAPS = (2.0, 4.0, 8.0, 15.0, 20.0, 30.0, 50.0)
-SCALES = (0.5, 0.7, 0.85, 1.2, 1.5, 2.0)
+SOFTCAPS = (2.0, 4.0, 8.0, 15.0, 20.0, 30.0, 50.0, 100.0, 200.0)
+SCALES = (0.5, 0.7, 0.85, 0.95, 0.99, 1.01, 1.05, 1.2, 1.5, 2.0)
 PADDED = tuple(2**k for k in range(11))
 OCTAVE = 1.4
 """A step of 1 multiplies or divides a number by this; rotary bases are searched ten times as widely."""
@@ -56,7 +56,7 @@ def _logits(evidence: Evidence, model: EngineModel) -> list[Variant]:
     if not model.source.plain:
         return []
     found = [_capped(model, cap) for cap in SOFTCAPS] + [_scaled(model, scale) for scale in SCALES]
-    return found + [_altered(model, "embedding_scale", s) for s in (0.5, 2.0)]
+    return found + [_altered(model, "embedding_scale", s) for s in (0.5, 0.9, 1.1, 2.0)]
 
 
 def _capped(model: EngineModel, cap: float) -> Variant:

@@ -11,6 +11,8 @@ from trueup.policy.processing import Distribution
 
 TEMPERATURE_GRID = tuple(round(0.3 + 0.05 * i, 2) for i in range(35))
 """0.30 to 2.00: temperatures tried when the declared one does not fit."""
+NEAR_DECLARED = (0.98, 0.99, 0.995, 1.005, 1.01, 1.02)
+"""Between the declared temperature and its neighbours on the grid, from where a search finds the rest."""
 
 
 def _with(model: EngineModel, detail: str, **changes: object) -> list[Variant]:
@@ -52,7 +54,8 @@ def _wrong_temperature(evidence: Evidence, model: EngineModel) -> list[Variant]:
         return []
     if model.dist.temperature not in (declared, evidence.case.trainer_distribution.temperature):
         return []
-    candidates = {round(declared**2, 6), 1.0, *evidence.case.other_temperatures, *TEMPERATURE_GRID}
+    near = {round(declared * factor, 6) for factor in NEAR_DECLARED}
+    candidates = {round(declared**2, 6), 1.0, *evidence.case.other_temperatures, *TEMPERATURE_GRID, *near}
     variants = []
     for temperature in sorted(candidates - {declared, model.dist.temperature}):
         if temperature <= 0:
