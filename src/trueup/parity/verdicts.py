@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -84,6 +85,8 @@ def hidden_defaults(probes: Sequence[Probed], reports: Sequence[SettingReport], 
     noise = max((p.gap.rms for p in probes if p.name in ("repeat", "batch") and p.gap is not None), default=0.0)
     if probe is None or not probe.numbers_differ or probe.gap is None or probe.gap.rms <= FACTOR * noise:
         return list(causes)
+    if any(c.id == "I15" for c in causes):
+        return list(causes)
     rest = [c for c in causes if c.id != "I3"]
     if any(c.id == "S5" for r in reports for c in r.causes):
         return rest
@@ -104,7 +107,7 @@ def generation_against_scoring(reports: Sequence[SettingReport], causes: Sequenc
     if scoring is None or plain is None or scoring.verdict != "agree" or plain.verdict != "mismatch":
         return None
     known = [c for c in plain.causes if c.confidence == "high"]
-    if known or {c.id for c in causes} & VOIDING or not first_tokens_fit(plain):
+    if known or {c.id for c in causes} & VOIDING or not first_tokens_fit(plain) or in_few_rows(plain):
         return None
     far, near = plain.gap.get("mean_abs"), scoring.gap.get("mean_abs")
     share = 1 - near / far if isinstance(far, float) and isinstance(near, float) and far else 0.0
@@ -127,14 +130,25 @@ def first_tokens_fit(report: SettingReport) -> bool:
     return isinstance(floor, float) and bool(first) and (sum(first) / len(first)) ** 0.5 <= FACTOR * floor
 
 
+def in_few_rows(report: SettingReport) -> bool:
+    """Whether most rows fit: decoding spares none, so that something about the others' prompts is to blame."""
+    points, floor = report.points, report.noise_floor.get("rms")
+    squares: dict[int, list[float]] = {}
+    for trainer, engine, line in zip(points.trainer, points.engine, points.line, strict=True):
+        squares.setdefault(line, []).append((trainer - engine) ** 2)
+    rows = [(sum(row) / len(row)) ** 0.5 for row in squares.values()]
+    return isinstance(floor, float) and bool(rows) and statistics.median(rows) <= floor
+
+
 def not_explained_by(reports: Sequence[SettingReport], causes: Sequence[Cause]) -> list[Cause]:
-    """Leave out what a probe saw of the engine's noise where a setting's causes account for all of its gap: then the
-    noise is theirs (a number lost at random, logits rounded to a coarse grid)."""
+    """Leave out what a probe saw of the engine's noise where a setting's causes account for all of its gap, or for all
+    beyond the floor by how numbers are sent: then the noise is theirs (a number lost at random, a coarse grid)."""
     plain = next((r for r in reports if r.label == "temperature=1"), None)
-    explained = sum(c.explained or 0.0 for c in plain.causes) if plain is not None else 0.0
-    if explained < NEARLY_ALL:
+    if plain is None or not plain.causes:
         return list(causes)
-    return [c for c in causes if c.id not in VOIDING]
+    explained = sum(c.explained or 0.0 for c in plain.causes)
+    sent = plain.unexplained is None and {c.id for c in plain.causes} <= IN_REPORTING
+    return [c for c in causes if c.id not in VOIDING] if explained >= NEARLY_ALL or sent else list(causes)
 
 
 def settle(reports: Sequence[SettingReport], causes: Sequence[Cause]) -> list[SettingReport]:
