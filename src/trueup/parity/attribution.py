@@ -150,13 +150,13 @@ class Attributor:
         """Coarse variants of all on the screen; the few best are refined there, and run on the whole fitting half."""
         screen = self.fit.screen or self.fit
         coarse: list[_Candidate] = []
-        worth = PROMISING * (loss(residual(screen, start.model), EDGE_ALLOWANCE) if hypotheses else 0.0)
         for hypothesis in hypotheses:
             if time.monotonic() > self.deadline:
                 self.unseeable[hypothesis.id] = OUT_OF_TIME
                 continue
-            best = self._coarse(screen, start, hypothesis)
-            if best is None or best.fit_loss > worth:
+            part = screen if hypothesis.screened else self.fit
+            best = self._coarse(part, start, hypothesis)
+            if best is None or best.fit_loss > PROMISING * loss(residual(part, start.model), EDGE_ALLOWANCE):
                 self.hopeless.add(hypothesis.id)
             else:
                 coarse.append(best)

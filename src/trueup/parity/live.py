@@ -16,7 +16,7 @@ from pathlib import Path
 
 from trueup import env
 from trueup.config import CheckConfig
-from trueup.engines.probe_http import Answer, Ask, EngineFacts, ProbeClient, read_token
+from trueup.engines.probe_http import Answer, EngineFacts, ProbeClient, read_token
 from trueup.errors import ConfigError, EngineError
 from trueup.parity import verdicts
 from trueup.parity.against import URLS, against_baseline, against_engine
@@ -49,7 +49,7 @@ SHAPED: dict[str, object] = {"temperature": 0.7, "top_p": 0.9}
 SCORED = " [engine's scores]"
 LONG_TOKENS = 300
 """Longer than two of vLLM's blocks on a CPU (128 tokens), so that a prefix cache has something to reuse."""
-FEW = 4
+FEW, QUICK_FEW = 4, 2
 MIN_OK = 0.5
 """With fewer answers than this share nothing can be judged."""
 
@@ -101,9 +101,9 @@ class LiveCheck:
         self.bench.prefetch([*([scoring] if scoring else []), *groups])
         floor = self.bench.floor_rms(scoring or groups[0])
         self.base = settings[0]
-        self._self_consistency(prompts, answers[first], scores, floor)
-        silent = min(settings, key=len)
-        self._explicit_against_omitted(prompts, silent, answers[str(silent)], floor)
+        alone = self._alone(prompts, self.base)
+        self._self_consistency(prompts, alone, answers[first], scores, floor)
+        self._explicit_against_omitted(prompts, alone, floor)
         self.progress("comparing with the trainer", 0.6)
         reports = self._judge(scoring, groups)
         limit = self.bench.limits.rms_factor * floor
@@ -221,21 +221,25 @@ class LiveCheck:
         case = replace(case, sampling=SamplingParams(), trainer=LogprobKind.RAW, tag=SCORED, omitted=())
         return Setting(case=case, rows=tuple(rows))
 
+    def _alone(self, prompts: Prompts, sampling: dict[str, object]) -> list[Answer]:
+        """A few prompts one after another; a quick check asks for less."""
+        few, tokens = (QUICK_FEW, self.check.tokens // 2) if self.quick else (FEW, self.check.tokens)
+        asks = asks_of(prompts.ordinary[:few], sampling, max_tokens=tokens, seed=self.check.seed, salt=self._salt())
+        return self.clients[0].generate(asks, together=False)
+
     def _self_consistency(
-        self, prompts: Prompts, together: Sequence[Sequence[Answer]], scores: Sequence[TraceRow], floor: float
-    ) -> None:
+        self, prompts: Prompts, alone: Sequence[Answer], together: Sequence[Sequence[Answer]],
+        scores: Sequence[TraceRow], floor: float,
+    ) -> None:  # fmt: skip
         """The engine against itself: the same request twice, and alone against in a batch."""
         if self.quick:
             self.missing |= dict.fromkeys(("I3", "I15"), "left out of a quick check (--full)")
             return
         client = self.clients[0]
-
-        def asks() -> list[Ask]:
-            few = prompts.ordinary[:FEW]
-            return asks_of(few, self.base, max_tokens=self.check.tokens, seed=self.check.seed, salt=self._salt())
-
+        again = self._alone(prompts, self.base)
         rows = [r for r in scores if r.replica in (None, client.url)][:FEW]
-        probes = against_itself(client, asks, together[0][:FEW], rows, limit_rms=verdicts.SELF_LIMIT * floor)
+        limit = verdicts.SELF_LIMIT * floor
+        probes = against_itself(client, alone, again, together[0][:FEW], rows, limit_rms=limit)
         self.probes += probes
         found = verdicts.self_consistency(probes)
         self.causes += found
@@ -246,18 +250,11 @@ class LiveCheck:
         for cause_id in {"I3", "I15"} - self.not_there - {c.id for c in found}:
             self.missing[cause_id] = "too few tokens could be compared"
 
-    def _explicit_against_omitted(
-        self, prompts: Prompts, sampling: dict[str, object], answers: Sequence[Sequence[Answer]], floor: float
-    ) -> None:
-        """The same seeds with every field spelled out: a difference is the engine's own defaults."""
-        explicit = EXPLICIT | PLAIN | sampling
-        asks = asks_of(
-            prompts.ordinary[:FEW], explicit, max_tokens=self.check.tokens, seed=self.check.seed, salt=self._salt()
-        )
-        gap = paired(answers[0][:FEW], self.clients[0].generate(asks, together=True))
-        probe = outcome(
-            "defaults", gap, verdicts.SELF_LIMIT * floor, "fields left out against the same fields spelled out"
-        )
+    def _explicit_against_omitted(self, prompts: Prompts, alone: Sequence[Answer], floor: float) -> None:
+        """The same requests with every field spelled out: a difference is the engine's own defaults."""
+        gap = paired(alone, self._alone(prompts, EXPLICIT | PLAIN | self.base))
+        words = "fields left out against the same fields spelled out"
+        probe = outcome("defaults", gap, verdicts.SELF_LIMIT * floor, words)
         self.probes.append(probe)
         if not gap.tokens and gap.failed:
             self.missing["S5"] = "the engine refused requests with every field spelled out"

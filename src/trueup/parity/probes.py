@@ -7,7 +7,7 @@ answers part, the token before which they had the same context is the last one c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from trueup.engines.probe_http import Answer, Ask, ProbeClient
@@ -150,18 +150,18 @@ def scored(client: ProbeClient, rows: Sequence[TraceRow], *, together: bool) -> 
 
 def against_itself(
     client: ProbeClient,
-    asks: Callable[[], list[Ask]],
+    once: Sequence[Answer],
+    again: Sequence[Answer],
     together: Sequence[Answer],
     rows: Sequence[TraceRow],
     *,
     limit_rms: float,
 ) -> list[Probed]:
-    """The engine against itself: the same requests twice, and alone against `together`, generated and scored.
+    """The engine against itself: the same requests alone, `once` and `again`, and `together`, generated and scored.
 
     `rows` carry the engine's scores of given tokens, made together (none: it cannot score). Given tokens never part, so
     that every one of them is compared.
     """
-    once, again = (client.generate(asks(), together=False) for _ in range(2))
     probes = [
         outcome("repeat", paired(once, again), limit_rms, "the same request twice, alone"),
         outcome("batch", paired(once, together), limit_rms, "alone against together with others"),

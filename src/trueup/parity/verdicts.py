@@ -79,22 +79,21 @@ def self_consistency(probes: Sequence[Probed]) -> list[Cause]:
 
 
 def hidden_defaults(probes: Sequence[Probed], reports: Sequence[SettingReport], causes: Sequence[Cause]) -> list[Cause]:
-    """Add S5 if spelling fields out moves the numbers by more than asking twice or alone does, unless a setting's
-    numbers have named it already, with its fields. I3 goes then: rounding moves the edge of a hidden kept set."""
-    probe = next((p for p in probes if p.name == "defaults"), None)
-    noise = max((p.gap.rms for p in probes if p.name in ("repeat", "batch") and p.gap is not None), default=0.0)
-    if probe is None or not probe.numbers_differ or probe.gap is None or probe.gap.rms <= FACTOR * noise:
+    """Add S5 if spelling fields out moves the numbers by more than asking twice does, unless a setting's numbers have
+    named it already, with its fields. A smaller effect of batches goes then: rounding moves a kept set's edge."""
+    gaps = {p.name: p.gap for p in probes if p.gap is not None and p.numbers_differ}
+    if "defaults" not in gaps or any(c.id == "I15" for c in causes):
         return list(causes)
-    if any(c.id == "I15" for c in causes):
-        return list(causes)
-    rest = [c for c in causes if c.id != "I3"]
+    of_edges = "batch" in gaps and FACTOR * gaps["batch"].rms < gaps["defaults"].rms
+    rest = [c for c in causes if c.id != "I3" or not of_edges]
     if any(c.id == "S5" for r in reports for c in r.causes):
         return rest
     return [
         *rest,
         _cause(
             "S5", "semantic", "the engine applies sampling defaults that no request set",
-            "--generation-config vllm, and send every sampling field explicitly", probe.text,
+            "--generation-config vllm, and send every sampling field explicitly",
+            next(p.text for p in probes if p.name == "defaults"),
         ),
     ]  # fmt: skip
 

@@ -64,6 +64,7 @@ HYPOTHESES = (
         variants=lambda e, m: _batched(e, m, "left padded"),
         unseeable=_needs_trainer,
         simulates=True,
+        screened=False,
     ),
     Hypothesis(
         id="R3",
@@ -73,6 +74,7 @@ HYPOTHESES = (
         variants=lambda e, m: _batched(e, m, "leaking pack"),
         unseeable=_needs_trainer,
         simulates=True,
+        screened=False,
     ),
     Hypothesis(
         id="R4",
@@ -82,5 +84,6 @@ HYPOTHESES = (
         variants=lambda e, m: _batched(e, m, "padding attended"),
         unseeable=_needs_trainer,
         simulates=True,
+        screened=False,
     ),
 )
