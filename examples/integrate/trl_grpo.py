@@ -33,19 +33,14 @@ class CheckedGRPOTrainer(GRPOTrainer):
             engine = batch.get("sampling_per_token_logps", ours)
             sampling = {"temperature": self.args.temperature, "top_p": self.args.top_p, "top_k": self.args.top_k}
             rows = [
-                {
-                    "prompt_token_ids": p[m],
-                    "completion_token_ids": c[k],
-                    "completion_logprobs": e[k],
-                    "sampling": sampling,
-                }
+                {"sampling": sampling, "prompt_token_ids": p[m], "completion_token_ids": c[k],
+                 "completion_logprobs": e[k]}
                 for p, m, c, k, e in zip(prompts, masks[0], completions, masks[1], engine, strict=True)
-            ]
+            ]  # fmt: skip
             logged = [t[k] for t, k in zip(ours, masks[1], strict=True)]
             dtype = str(self.model.dtype).removeprefix("torch.")
-            self.parity = check_rollouts(
-                rows, model=self.model.name_or_path, trainer_logprobs=logged, kind="trl", dtype=dtype
-            )
+            path = self.model.name_or_path
+            self.parity = check_rollouts(rows, model=path, trainer_logprobs=logged, kind="trl", dtype=dtype)
             if self.parity.verdict == "mismatch":
                 raise RuntimeError("; ".join(f"{c.id} {c.title}: {c.fix}" for c in self.parity.causes) or "unexplained")
         return batch

@@ -143,6 +143,12 @@ def test_every_example_parses(path):
     assert load_config(path)
 
 
+def test_a_gate_in_another_trainer_takes_thirty_lines_at_most():
+    tree = ast.parse((ROOT / "examples" / "integrate" / "trl_grpo.py").read_text(encoding="utf-8"))
+    (gate,) = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    assert gate.end_lineno - gate.lineno + 1 <= 30
+
+
 def test_every_toml_parses():
     tracked = [p for p in ROOT.rglob("*.toml") if not any(part.startswith(".venv") for part in p.parts)]
     assert tracked and all(tomllib.loads(p.read_text(encoding="utf-8")) for p in tracked)
