@@ -34,6 +34,8 @@ from trueup.weights.store import WeightStore
 
 COMMON = (" the", ".", ",", "\n", " and", " of", " to", "e", "a", " ")
 ROWS = 12
+SPANNING_TRIES = 4
+"""An update that came too late, when most rollouts had ended, shows nothing."""
 IN_FLIGHT_TOKENS, TRIAL_TOKENS = 80, 24
 
 
@@ -192,18 +194,25 @@ class Stand:
 
     def _in_flight(self, base: int, scale: float, seed: int):
         """Rollouts that span an update, logged with their stamps, checked as a trace."""
+        for attempt in range(SPANNING_TRIES):
+            rows, new = self._rows_around_an_update(scale, seed + 1000 * attempt)
+            if sum(len(set(row["weight_versions"])) > 1 for row in rows) >= len(rows) // 2:
+                break
+            self.update(base)
+        path = self.folder / f"in-flight-{new}.jsonl"
+        write_trace(path, rows)
+        return check_trace(CheckConfig(trace=path, model=self.checkpoint(new), checkpoints=(self.store.folder(base),)))
+
+    def _rows_around_an_update(self, scale: float, seed: int) -> tuple[list[dict[str, object]], int]:
         prompts, new = self._prompts(), self.perturbed(scale)
         asks = asks_of(prompts, {"temperature": 1.0}, max_tokens=IN_FLIGHT_TOKENS, seed=seed)
         before = self._generated()
         with ThreadPoolExecutor(1) as pool:
             answers = pool.submit(self.client.generate, asks, together=True)
-            while self._generated() - before < len(prompts) * IN_FLIGHT_TOKENS // 3:
+            while self._generated() - before < len(prompts) * IN_FLIGHT_TOKENS // 6:
                 time.sleep(0.005)
             self.update(new)
-            rows = self._rows(prompts, answers.result())
-        path = self.folder / f"in-flight-{new}.jsonl"
-        write_trace(path, rows)
-        return check_trace(CheckConfig(trace=path, model=self.checkpoint(new), checkpoints=(self.store.folder(base),)))
+            return self._rows(prompts, answers.result()), new
 
     def _stale_rows(self, base: int, scale: float, seed: int):
         """Half of the rollouts made before an update, half after; the older weights are gone."""

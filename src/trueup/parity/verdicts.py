@@ -82,7 +82,8 @@ def hidden_defaults(probes: Sequence[Probed], reports: Sequence[SettingReport], 
     """Add S5 if spelling fields out moves the numbers by more than asking twice does, unless a setting's numbers have
     named it already, with its fields. A smaller effect of batches goes then: rounding moves a kept set's edge."""
     gaps = {p.name: p.gap for p in probes if p.gap is not None and p.numbers_differ}
-    if "defaults" not in gaps or any(c.id == "I15" for c in causes):
+    lost = any(c.id in IN_REPORTING for r in reports for c in r.causes)
+    if "defaults" not in gaps or "repeat" in gaps or lost:
         return list(causes)
     of_edges = "batch" in gaps and FACTOR * gaps["batch"].rms < gaps["defaults"].rms
     rest = [c for c in causes if c.id != "I3" or not of_edges]

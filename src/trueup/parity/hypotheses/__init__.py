@@ -34,8 +34,8 @@ class Hypothesis:
     is ruled out). `refine(evidence, variant, step)` gives neighbours of a variant that has a number in it, closer ones
     for a smaller step (1 at first, then halved). `unseeable` gives the reason this setting cannot show the cause, or
     None. `simulates` marks causes that need further forward passes and are tried only when nothing cheaper explains the
-    gap, on a small part of the tokens first unless `screened` is off (every row must be run anyway); `numeric` those that
-    could only leave a small gap.
+    gap, on a few tokens first unless `screened` is off (every row must be run anyway); `numeric` those that could only
+    leave a small gap.
     """
 
     id: str
