@@ -31,7 +31,8 @@ class CheckedGRPOTrainer(GRPOTrainer):
                     self.model, torch.cat([prompts, completions], 1), torch.cat(masks, 1).long(), completions.shape[1]
                 )[0].float()
             engine = batch.get("sampling_per_token_logps", ours)
-            sampling = {"temperature": self.args.temperature, "top_p": self.args.top_p, "top_k": self.args.top_k}
+            fields = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+            sampling = {n: v for n in fields if (v := getattr(self.args, n)) is not None}
             rows = [
                 {"sampling": sampling, "prompt_token_ids": p[m], "completion_token_ids": c[k],
                  "completion_logprobs": e[k]}
@@ -41,8 +42,9 @@ class CheckedGRPOTrainer(GRPOTrainer):
             dtype = str(self.model.dtype).removeprefix("torch.")
             path = self.model.name_or_path
             self.parity = check_rollouts(rows, model=path, trainer_logprobs=logged, kind="trl", dtype=dtype)
-            if self.parity.verdict == "mismatch":
-                raise RuntimeError("; ".join(f"{c.id} {c.title}: {c.fix}" for c in self.parity.causes) or "unexplained")
+            if self.parity.verdict != "agree":
+                causes = "; ".join(f"{c.id} {c.title}: {c.fix}" for c in self.parity.causes)
+                raise RuntimeError(f"{self.parity.verdict}: {causes or 'no known cause'}")
         return batch
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +27,7 @@ COULD_NOT_TEST = 2
 Sets = Annotated[list[str], typer.Option("--set", metavar="A.B=V", help="Set one knob; may be repeated.")]
 
 
-def _fail(error: TrueupError) -> typer.Exit:
+def _fail(error: TrueupError | str) -> typer.Exit:
     """Print one line to stderr and return the exit to raise."""
     line = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
     typer.echo(f"trueup: {line}", err=True)
@@ -101,6 +102,9 @@ def check(
         code = _run_check(build_config(_without_none(base), where="command line"), json_out, html_out)
     except TrueupError as error:
         raise _fail(error) from None
+    except Exception as error:  # noqa: BLE001  (1 means mismatch: whatever else happened must not exit with it)
+        traceback.print_exc()
+        raise _fail(f"an error in trueup itself, nothing was concluded: {error!r}") from None
     raise typer.Exit(code)
 
 

@@ -334,8 +334,8 @@ INVISIBLE: dict[tuple[str, str, str], str] = {
 
 
 def invisible(w: World, cause: str) -> str | None:
-    """The prediction for one row, or None."""
+    """The prediction for one row, or None; of a pair, that for the part which cannot be seen."""
     for (model, dtype, cause_id), why in INVISIBLE.items():
-        if cause_id == cause and model in ("*", w.model) and dtype in ("*", w.dtype):
+        if cause_id in cause.split("+") and model in ("*", w.model) and dtype in ("*", w.dtype):
             return why
     return None

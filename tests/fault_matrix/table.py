@@ -130,7 +130,10 @@ def page(rows: list[dict]) -> str:
     pairs = [r for r in rows if r["group"] == "pair"]
     lines += ["", "## Two at once", ""]
     for name in dict.fromkeys(r["name"] for r in pairs):
-        lines.append(f"- {name}: both named in {_share([r for r in pairs if r['name'] == name])}")
+        here = [r for r in pairs if r["name"] == name]
+        hidden = sum(bool(r["invisible"]) for r in here)
+        words = f" ({hidden} more with a part that was predicted invisible)" if hidden else ""
+        lines.append(f"- {name}: both named in {_share([r for r in here if not r['invisible']])}{words}")
     lines += ["", "## Clean runs", ""]
     for column in columns:
         here = [r for r in rows if r["group"] == "clean" and (r["model"], r["dtype"]) == column]

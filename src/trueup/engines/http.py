@@ -7,6 +7,7 @@ in an event loop of the client's own, where a whole exchange has one deadline an
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import json
 import threading
@@ -22,7 +23,11 @@ from trueup.errors import EngineError, UnsupportedByEngine, WeightError
 CONNECT_TIMEOUT_S = 10.0
 QUICK_TIMEOUT_S = 30.0
 CLOSE_TIMEOUT_S = 5.0
+GRACE_S = 5.0
+"""For the loop to notice that a deadline passed; a loop that was stopped meanwhile never does."""
 CONNECTIONS = 256
+TOOK_TOO_LONG = "took longer than allowed"
+"""In the message of each error that is a timeout."""
 MAX_ANSWER_BYTES = 256 * 2**20
 """Ten thousand tokens with prompt logprobs and alternatives are a tenth of this."""
 
@@ -32,17 +37,19 @@ class HttpClient:
 
     def __init__(self, url: str, *, token: str | None = None, max_bytes: int = MAX_ANSWER_BYTES) -> None:
         """`url` is the server's root, with or without /v1. Raises EngineError when it is no http(s) address."""
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+            httpx.URL(url)
+        except (ValueError, httpx.InvalidURL) as error:
+            raise EngineError(f"{url!r} is no engine address: {error}") from None
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise EngineError(f"{url!r} is no engine address; expected http://HOST:PORT")
+        if parts.username is not None or parts.password is not None:
+            raise EngineError("an engine address holds no user or password: they would be printed; use a token file")
         self.url = url.rstrip("/").removesuffix("/v1")
         self.max_bytes = max_bytes
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         limits = httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS)
-        try:
-            httpx.URL(self.url)
-        except httpx.InvalidURL as error:
-            raise EngineError(f"{url!r} is no engine address: {error}") from None
         self._client = httpx.AsyncClient(
             base_url=self.url, headers=headers, limits=limits, trust_env=False, timeout=None
         )
@@ -62,10 +69,12 @@ class HttpClient:
         """Close the connections; calls under way fail."""
         if self._loop.is_closed():
             return
-        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(CLOSE_TIMEOUT_S)
+        with contextlib.suppress(TimeoutError):
+            asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(CLOSE_TIMEOUT_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(CLOSE_TIMEOUT_S)
-        self._loop.close()
+        if not self._loop.is_running():
+            self._loop.close()
 
     async def _end(self) -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}
@@ -93,14 +102,14 @@ class HttpClient:
             raise EngineError(f"the connection to {self.url} was closed")
         work = asyncio.run_coroutine_threadsafe(self._exchange(method, path, body, timeout_s), self._loop)
         try:
-            status, raw = work.result()
+            status, raw = work.result(max(timeout_s, 0.0) + GRACE_S)
             content = json.loads(raw) if raw else {}
         except (TimeoutError, httpx.TimeoutException):
-            raise EngineError(f"{self.url}{path} took longer than allowed ({max(timeout_s, 0.0):g} s)") from None
+            raise EngineError(f"{self.url}{path} {TOOK_TOO_LONG} ({max(timeout_s, 0.0):g} s)") from None
         except CancelledError:
             raise EngineError(f"the connection to {self.url} was closed") from None
         except httpx.HTTPError as error:
-            raise EngineError(f"{self.url}{path} cannot be reached: {error}") from None
+            raise EngineError(f"{self.url}{path} cannot be reached: {str(error) or type(error).__name__}") from None
         except (json.JSONDecodeError, UnicodeDecodeError):
             raise EngineError(f"{self.url}{path} answered {status} without JSON") from None
         except KeyboardInterrupt:

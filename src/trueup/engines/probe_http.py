@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
-from trueup.engines.http import HttpClient
+from trueup.engines.http import TOOK_TOO_LONG, HttpClient, is_loopback
 from trueup.errors import EngineError
 from trueup.trace import EngineInfo
+from trueup.types import is_integer
 
 TOKEN_PREFIX = "token_id:"
 PARALLEL = 64
@@ -62,6 +62,7 @@ class EngineFacts:
     faults: tuple[str, ...] = ()
     weights_folder: str | None = None
     max_length: int | None = None
+    on_this_machine: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -71,15 +72,16 @@ class EngineFacts:
 
 
 class ProbeClient:
-    """One server. `timeout_s` bounds each request."""
+    """One server. `timeout_s` bounds each request; after one that timed out later ones fail at once (`try_again`)."""
 
     def __init__(self, url: str, *, token: str | None = None, timeout_s: float = 60.0) -> None:
         """Connect and ask the server what it is. Raises EngineError when nobody answers in time."""
         self.timeout_s, self.token = timeout_s, token
+        self._hung: str | None = None
         self.http = HttpClient(url, token=token)
         self.url = self.http.url
         try:
-            self.facts = self._identify()
+            self.facts = replace(self._identify(), on_this_machine=is_loopback(self.http.url))
         except GARBAGE as error:
             self.http.close()
             if isinstance(error, EngineError):
@@ -94,28 +96,35 @@ class ProbeClient:
         """Raw logprobs at T=1 of given completions, by `prompt_logprobs`."""
         return self._run(self._score_one, rows, together=together)
 
+    def require_alive(self) -> None:
+        """Raise EngineError when a request timed out, or nobody answers now."""
+        if self._hung is not None:
+            raise EngineError(self._hung)
+        self.http.get("/v1/models", timeout_s=FIRST_TIMEOUT_S)
+
+    def try_again(self) -> None:
+        """Send requests again to a server that let one time out."""
+        self._hung = None
+
     def close(self) -> None:
         """Close the connections."""
         self.http.close()
 
     def _run(self, function: Any, items: Sequence[Any], *, together: bool) -> list[Answer]:
-        """Answers in order; once one request timed out or nobody listens, those not yet sent fail at once."""
-        gone: list[str] = []
+        """Answers in order; once one request timed out, those not yet sent fail at once."""
 
         def guarded(item: Any) -> Answer:
-            if gone:
-                return Answer(error=gone[0])
-            start = monotonic()
+            if self._hung is not None:
+                return Answer(error=self._hung)
             try:
                 answer: Answer = function(item)
                 return answer
             except GARBAGE as error:
                 if not isinstance(error, EngineError):
                     return Answer(error=f"{self.url} answered with something that is no completion ({error!s:.80})")
-                text = str(error)
-                if "cannot be reached" in text or monotonic() - start >= self.timeout_s:
-                    gone.append(text)
-                return Answer(error=text)
+                if TOOK_TOO_LONG in str(error):
+                    self._hung = str(error)
+                return Answer(error=str(error))
 
         if not together:
             return [guarded(item) for item in items]
@@ -134,7 +143,7 @@ class ProbeClient:
             body |= {"return_token_ids": True, "ignore_eos": True}
         if ask.salt is not None:
             body["cache_salt"] = ask.salt
-        if self.facts.kind != "vllm":
+        if self.facts.kind != "vllm" or self.facts.info.api == "V0":
             body["return_tokens_as_token_ids"] = True
         content = self.http.post("/v1/completions", body, timeout_s=self.timeout_s)
         return _read_completion(content, self.url)
@@ -201,11 +210,14 @@ class ProbeClient:
 
 
 def read_token(path: Path) -> str:
-    """The bearer token in a file. Raises EngineError when it cannot be read."""
+    """The bearer token in a file: one line of printable ASCII. Raises EngineError, which never quotes it."""
     try:
-        return path.read_text(encoding="utf-8").strip()
+        token = path.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise EngineError(f"--token-file {path} cannot be read: {error}") from None
+    if not token or not (token.isascii() and token.isprintable()):
+        raise EngineError(f"--token-file {path} must hold one line of printable ASCII characters")
+    return token
 
 
 def _number(value: object) -> float:
@@ -228,7 +240,7 @@ def _read_completion(content: Any, url: str) -> Answer:
         raise EngineError(f"{url}: the completion failed: {choice.get('error', 'no reason given')}")
     if ids is None and names and all(str(name).startswith(TOKEN_PREFIX) for name in names):
         ids = [int(str(name).removeprefix(TOKEN_PREFIX)) for name in names]
-    if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
+    if not isinstance(ids, list) or not all(is_integer(i) and i >= 0 for i in ids):
         raise EngineError(f"{url} returns no token ids: it must honour return_token_ids or return_tokens_as_token_ids")
     if not isinstance(values, list):
         raise EngineError(f"{url} returns no logprobs: it must honour logprobs in /v1/completions")

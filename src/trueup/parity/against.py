@@ -127,7 +127,7 @@ def against_engine(check: CheckConfig, scores: Sequence[TraceRow], limit_rms: fl
     probe = outcome("against", paired(theirs, ours), limit_rms, "same tokens, raw at T=1")
     if probe.gap is None or not probe.gap.tokens:
         raise EngineError(f"--against {other.url}: one of the engines does not score given tokens (prompt_logprobs)")
-    verdict = "mismatch" if probe.differs else "agree"
+    verdict = "mismatch" if probe.differs else "agree" if probe.compared else "inconclusive"
     text = f"{verdict} with {other.facts.info.title()} at {other.url}: {probe.text}"
     return {"kind": "engine", "path": other.url, "verdict": verdict, "gap": probe.gap.as_dict(), "text": text}
 

@@ -50,13 +50,16 @@ def reach(ruled_out: Sequence[str], rows: Sequence[TraceRow], *, by_ids: bool) -
     return notes
 
 
-def untested(reports: Sequence[SettingReport], tested: Sequence[str], missing: Mapping[str, str]) -> dict[str, str]:
-    """Why each other id was not tested, in catalogue order: as the settings say, else as `missing` does."""
-    done = {i for r in reports for i in r.ruled_out} | set(tested)
+def untested(
+    reports: Sequence[SettingReport], tested: Sequence[str], missing: Mapping[str, str], undecided: Mapping[str, str]
+) -> dict[str, str]:
+    """Why each other id was not tested, in catalogue order: as the settings say, else as `missing` does; `undecided`
+    ids stay so whatever the settings say."""
+    done = ({i for r in reports for i in r.ruled_out} | set(tested)) - set(undecided)
     reasons: dict[str, dict[str, None]] = {}
     for cause_id, why in (item for r in reports for item in r.untested.items() if item[0] not in done):
         reasons.setdefault(cause_id, {})[why] = None
     found = {i: ", or ".join(why) for i, why in reasons.items()}
     found |= {i: why for i, why in missing.items() if i not in done and i in IMPLEMENTED}
-    found |= dict.fromkeys(NOT_IMPLEMENTED, NOT_BUILT)
+    found |= dict(undecided) | dict.fromkeys(NOT_IMPLEMENTED, NOT_BUILT)
     return dict(sorted(found.items(), key=lambda item: order_of(item[0])))

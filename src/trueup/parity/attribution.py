@@ -36,6 +36,10 @@ TWINS = ("S4", "S6")
 other temperature."""
 REFINED = 3
 """Costly candidates that are refined, of all that look promising."""
+FINE_FLOOR = 1e-3
+"""Nats rms: above, a floor is one of 16-bit rounding, under which other rounding may hide."""
+UNDER_FLOOR = "its effect here would be smaller than the noise floor"
+NO_SIMULATION = "it cannot be simulated for this kind of model"
 OUT_OF_TIME = "no time was left to try it (check.search_s)"
 REFINE_ROUNDS = 24
 FINEST_STEP = 1 / 256
@@ -147,7 +151,8 @@ class Attributor:
         return sorted([*found, *self._expand_costly(start, costly)], key=lambda c: c.fit_loss)
 
     def _expand_costly(self, start: _Candidate, hypotheses: Sequence[Hypothesis]) -> list[_Candidate]:
-        """Coarse variants of all on the screen; the few best are refined there, and run on the whole fitting half."""
+        """Coarse variants of all on the screen; the few best are refined there until one accounts for all of the gap, and
+        run on the whole fitting half."""
         screen = self.fit.screen or self.fit
         coarse: list[_Candidate] = []
         for hypothesis in hypotheses:
@@ -156,14 +161,18 @@ class Attributor:
                 continue
             part = screen if hypothesis.screened else self.fit
             best = self._coarse(part, start, hypothesis)
-            if best is None or best.fit_loss > PROMISING * loss(residual(part, start.model), EDGE_ALLOWANCE):
+            offered = {v.model.source for v in hypothesis.variants(self.fit, start.model)}
+            if best is None and offered and offered <= self.impossible:
+                self.unseeable[hypothesis.id] = NO_SIMULATION
+            elif best is None or best.fit_loss > PROMISING * loss(residual(part, start.model), EDGE_ALLOWANCE):
                 self.hopeless.add(hypothesis.id)
             else:
                 coarse.append(best)
-        found = []
+        found, whole = [], False
         for rank, candidate in enumerate(sorted(coarse, key=lambda c: c.fit_loss)):
-            if rank < REFINED:
+            if rank < REFINED and not whole:
                 candidate = self._refined(screen, candidate, candidate.path[-1].hypothesis) or candidate
+                whole = candidate.fit_loss <= self.floor_of(candidate.model).rms
             found.append(replace(candidate, fit_loss=self._fit_loss(candidate.model)))
         return [c for c in found if c.fit_loss < float("inf")]
 
@@ -234,7 +243,7 @@ class Attributor:
         if not mismatch:
             return self._conclude(self.start, singles)
         if given is not None and (best := self._from(given)) is not None:
-            return self._conclude(best, [])
+            return self._conclude(best, singles)
         improving = [c for c in singles if c.fit_loss < 0.95 * self.start.fit_loss][:BEAM]
         best = self._choose(improving, complete=True)
         pairs: list[_Candidate] = []
@@ -335,9 +344,11 @@ class Attributor:
         rivals, unseeable = [], dict(self.unseeable)
         tried = {c.path[-1].hypothesis.id for c in singles}
         if best is self.start and not self.searched:  # within the floor: no costly cause can be at work visibly
-            self.hopeless |= {h.id for h in self.simulated}
-        ruled_out = [h.id for h in self.cheap if h.id not in tried] + sorted(self.hopeless - tried)
+            coarse = floor.rms > FINE_FLOOR
+            self.hopeless |= {h.id for h in self.simulated if not (h.numeric and coarse)}
+            unseeable |= {h.id: UNDER_FLOOR for h in self.simulated if h.numeric and coarse}
         chosen = {e.hypothesis.id for e in best.path}
+        ruled_out = [h.id for h in self.cheap if h.id not in tried | chosen] + sorted(self.hopeless - tried - chosen)
         for candidate in singles:
             hypothesis = candidate.path[-1].hypothesis
             if hypothesis.id in chosen:
@@ -346,7 +357,7 @@ class Attributor:
             if clearly_better(ours, theirs, EDGE_ALLOWANCE):
                 ruled_out.append(hypothesis.id)
             elif separation(self.held_residual(self.base), theirs) < floor.rms:
-                unseeable[hypothesis.id] = "its effect here would be smaller than the noise floor"
+                unseeable[hypothesis.id] = UNDER_FLOOR
             elif best.path and self.held_judgement(candidate.model).within:
                 rivals.append(hypothesis.id)
         named = tuple(e.hypothesis.id for e in best.path)

@@ -7,9 +7,8 @@ trainer, weights and arithmetic are right, and whatever is wrong with its rollou
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,9 +16,10 @@ from pathlib import Path
 from trueup import env
 from trueup.config import CheckConfig
 from trueup.engines.probe_http import Answer, EngineFacts, ProbeClient, read_token
-from trueup.errors import ConfigError, EngineError
+from trueup.errors import ConfigError
 from trueup.parity import verdicts
 from trueup.parity.against import URLS, against_baseline, against_engine
+from trueup.parity.asking import FEW, PLAIN, Asking
 from trueup.parity.assemble import merge, reach, ruled_out, untested
 from trueup.parity.attribution import Attribution
 from trueup.parity.grouping import Setting, group, looks_like_float32
@@ -28,30 +28,25 @@ from trueup.parity.probes import (
     EXPLICIT,
     Probed,
     against_itself,
-    asks_of,
     cached_against_fresh,
     outcome,
     paired,
-    scored,
+    twice,
 )
-from trueup.parity.prompts import Prompts, make_prompts
+from trueup.parity.prompts import Prompts
 from trueup.parity.recipe import TRAINERS
 from trueup.parity.report import Cause, ParityReport, SettingReport
 from trueup.parity.run import advice
+from trueup.parity.setting import usable_rows
 from trueup.parity.trainer_check import probe_trainer
-from trueup.parity.update_probe import UpdateProbe
+from trueup.parity.update_probe import NEEDS, UpdateProbe
 from trueup.parity.workbench import Workbench
 from trueup.trace import Trace, TraceRow
 from trueup.types import LogprobKind, SamplingParams
 
-PLAIN: dict[str, object] = {"temperature": 1.0}
-SHAPED: dict[str, object] = {"temperature": 0.7, "top_p": 0.9}
 SCORED = " [engine's scores]"
-LONG_TOKENS = 300
-"""Longer than two of vLLM's blocks on a CPU (128 tokens), so that a prefix cache has something to reuse."""
-FEW, QUICK_FEW = 4, 2
-MIN_OK = 0.5
-"""With fewer answers than this share nothing can be judged."""
+QUICK = "left out of a quick check (--full)"
+NOTHING = "too few tokens could be compared"
 
 
 @dataclass(kw_only=True)
@@ -66,9 +61,10 @@ class LiveCheck:
     causes: list[Cause] = field(default_factory=list)
     not_there: set[str] = field(default_factory=set)
     missing: dict[str, str] = field(default_factory=dict)
+    """Why an id was not tested, if no setting says anything of it."""
+    open: dict[str, str] = field(default_factory=dict)
+    """Why an id is not ruled out, whatever settings say of it."""
     doubts: list[tuple[str, ...]] = field(default_factory=list)
-    base: dict[str, object] = field(default_factory=dict)
-    lines: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     touched: str = "read-only: nothing on the server changed"
 
     @property
@@ -76,123 +72,47 @@ class LiveCheck:
         """What the first engine says of itself."""
         return self.clients[0].facts
 
-    @property
-    def quick(self) -> bool:
-        """Fewer prompts and settings, no probe that needs more than one request a prompt."""
-        return self.check.depth == "quick"
-
     def run(self) -> ParityReport:
         """Ask, judge, name. Raises EngineError when the engine cannot be tested."""
         started = time.monotonic()
         self.progress("asking the engine", 0.0)
-        prompts = self._prompts()
-        settings = self._sampling()
-        answers = {str(s): self._generate(prompts, s) for s in settings}
-        rows = {key: self._rows(prompts, s, answers[key]) for key, s in zip(answers, settings, strict=True)}
-        self._require_answers(answers)
-        echo = verdicts.prompt_echo(prompts.ordinary, answers[str(settings[0])][0])
+        verdicts.require_alike(self.clients)
+        self.ask = Asking(check=self.check, bench=self.bench, clients=self.clients, causes=self.causes)
+        self.quick = self.ask.quick
+        prompts, settings = self.ask.prompts(), self.ask.sampling()
+        answers = {str(s): self.ask.generate(prompts, s) for s in settings}
+        rows = {key: self.ask.rows(prompts, s, answers[key]) for key, s in zip(answers, settings, strict=True)}
+        self.ask.require_answers(answers)
+        self.base, first = settings[0], str(settings[0])
+        echo = verdicts.prompt_echo(prompts.ordinary, answers[first], self.bench.scorer.contexts)
         self.causes += [echo] if echo is not None else []
-        first = str(settings[0])
-        scores = self._score(rows[first])
+        scores = self.ask.score(rows[first])
         self.progress("comparing with the trainer", 0.35)
         self._set_precision(scores or rows[first])
         groups = self._settings([r for group_rows in rows.values() for r in group_rows])
         scoring = self._scoring_setting(scores) if scores else None
+        ground = next((s for s in (scoring, *groups) if s is not None and usable_rows(s)), None)
+        if ground is None:  # no number stands beside a token: the rows themselves say why
+            reports = [self.bench.judge(setting).report for setting in groups]
+            return self._report(reports, groups, started)
         self.bench.prefetch([*([scoring] if scoring else []), *groups])
-        floor = self.bench.floor_rms(scoring or groups[0])
-        self.base = settings[0]
-        alone = self._alone(prompts, self.base)
-        self._self_consistency(prompts, alone, answers[first], scores, floor)
+        floor = self.bench.floor_rms(ground)
+        alone = self.ask.alone(prompts, self.base)
+        self._self_consistency(prompts, alone, answers[first][0], scores, floor)
         self._explicit_against_omitted(prompts, alone, floor)
         self.progress("comparing with the trainer", 0.6)
         reports = self._judge(scoring, groups)
         limit = self.bench.limits.rms_factor * floor
         against = against_engine(self.check, scores, limit)
         self._cache(prompts, floor, reports)
-        self._own_trainer(scoring or groups[0], floor)
+        self._own_trainer(ground, floor)
+        self.ask.require_alive()
         self._updates(prompts, floor)
         self.progress("done", 1.0)
         report = self._report(reports, groups, started)
         if self.check.against and against is None:
             against = against_baseline(report, Path(self.check.against))
         return replace(report, against=against)
-
-    def _prompts(self) -> Prompts:
-        scorer = self.bench.scorer
-        vocab = scorer.model(scorer.dtype()).vocab_size
-        room = (self.facts.max_length or 2048) - self.check.tokens
-        return make_prompts(
-            scorer.contexts,
-            count=self.check.prompts // (2 if self.quick else 1),
-            long_tokens=min(LONG_TOKENS, room - 8),
-            vocab=vocab,
-        )
-
-    def _sampling(self) -> list[dict[str, object]]:
-        """The settings to try: plain, and the run's own or one that shapes the distribution; in a quick check only
-        the latter."""
-        own: dict[str, object] = dict(self.check.sampling_fields) or dict(SHAPED)
-        if self.quick:
-            self.missing["I4"] = "left out of a quick check (--full)"
-            return [own]
-        return [own] if own == PLAIN else [dict(PLAIN), own]
-
-    def _salt(self) -> str | None:
-        """A fresh one, where the server knows salts: whether a prompt is cached is a factor of its own."""
-        return None if self.facts.kind == "openai" else f"trueup-{time.time_ns()}"
-
-    def _generate(self, prompts: Prompts, sampling: dict[str, object]) -> list[list[Answer]]:
-        asks = asks_of(
-            prompts.ordinary, sampling, max_tokens=self.check.tokens, seed=self.check.seed, salt=self._salt()
-        )
-        return [client.generate(asks, together=True) for client in self.clients]
-
-    def _rows(
-        self, prompts: Prompts, sampling: dict[str, object], answers: Sequence[Sequence[Answer]]
-    ) -> list[TraceRow]:
-        return [
-            TraceRow(
-                line=next(self.lines), engine=self.facts.info, sampling=sampling, prompt_token_ids=prompt,
-                completion_token_ids=answer.ids, completion_logprobs=answer.logprobs, weight_versions=answer.versions,
-                replica=client.url if len(self.clients) > 1 else None,
-            )
-            for client, group_answers in zip(self.clients, answers, strict=True)
-            for prompt, answer in zip(prompts.ordinary, group_answers, strict=True)
-            if answer.error is None
-        ]  # fmt: skip
-
-    def _require_answers(self, answers: dict[str, list[list[Answer]]]) -> None:
-        """Raise EngineError when too few requests came back; name what the errors say."""
-        flat = [a for per_client in answers.values() for group_answers in per_client for a in group_answers]
-        failed = [a.error for a in flat if a.error]
-        if not failed:
-            return
-        cause = verdicts.not_finite(failed, len(flat))
-        if cause is not None:
-            self.causes.append(cause)
-        dead = [c.url for c, own in zip(self.clients, zip(*answers.values(), strict=True), strict=True)
-                if all(a.error for group in own for a in group)]  # fmt: skip
-        empty = [key for key, own in answers.items() if all(a.error for group in own for a in group)]
-        if dead or empty or (cause is None and len(failed) > (1 - MIN_OK) * len(flat)):
-            raise EngineError(f"{len(failed)} of {len(flat)} requests failed: {failed[0]}")
-        self.bench.problems.append(f"{len(failed)} of {len(flat)} requests failed, first: {failed[0]}")
-
-    def _score(self, rows: Sequence[TraceRow]) -> list[TraceRow]:
-        """The engine's own raw scores of what it generated at T=1, as rows; none if it cannot score."""
-        kept = []
-        for client in self.clients:
-            own = [r for r in rows if r.replica in (None, client.url)]
-            answers = scored(client, own, together=True)
-            if answers and all(a.error for a in answers):
-                self.bench.notes.append(f"the engine does not score given tokens: {answers[0].error}")
-                self.missing |= dict.fromkeys(("I4",), "the engine does not score given tokens (prompt_logprobs)")
-                return []
-            kept += [
-                replace(row, completion_logprobs=a.logprobs, line=row.line)
-                for row, a in zip(own, answers, strict=True)
-                if a.error is None
-            ]
-        return kept
 
     def _set_precision(self, rows: Sequence[TraceRow]) -> None:
         """Take the engine's precision from what it declares, else from how close its numbers are to float32."""
@@ -221,44 +141,42 @@ class LiveCheck:
         case = replace(case, sampling=SamplingParams(), trainer=LogprobKind.RAW, tag=SCORED, omitted=())
         return Setting(case=case, rows=tuple(rows))
 
-    def _alone(self, prompts: Prompts, sampling: dict[str, object]) -> list[Answer]:
-        """A few prompts one after another; a quick check asks for less."""
-        few, tokens = (QUICK_FEW, self.check.tokens // 2) if self.quick else (FEW, self.check.tokens)
-        asks = asks_of(prompts.ordinary[:few], sampling, max_tokens=tokens, seed=self.check.seed, salt=self._salt())
-        return self.clients[0].generate(asks, together=False)
-
     def _self_consistency(
-        self, prompts: Prompts, alone: Sequence[Answer], together: Sequence[Sequence[Answer]],
-        scores: Sequence[TraceRow], floor: float,
+        self, prompts: Prompts, alone: Sequence[Answer], together: Sequence[Answer], scores: Sequence[TraceRow],
+        floor: float,
     ) -> None:  # fmt: skip
         """The engine against itself: the same request twice, and alone against in a batch."""
+        client, limit = self.clients[0], verdicts.SELF_LIMIT * floor
+        again = self.ask.alone(prompts, self.base)
         if self.quick:
-            self.missing |= dict.fromkeys(("I3", "I15"), "left out of a quick check (--full)")
-            return
-        client = self.clients[0]
-        again = self._alone(prompts, self.base)
-        rows = [r for r in scores if r.replica in (None, client.url)][:FEW]
-        limit = verdicts.SELF_LIMIT * floor
-        probes = against_itself(client, alone, again, together[0][:FEW], rows, limit_rms=limit)
+            probes = [twice(alone, again, limit_rms=limit)]
+        else:
+            rows = [r for r in scores if r.replica in (None, client.url)][:FEW]
+            probes = against_itself(client, alone, again, together[:FEW], rows, limit_rms=limit)
         self.probes += probes
-        found = verdicts.self_consistency(probes)
-        self.causes += found
-        if any(p.compared for p in probes if p.name.startswith("repeat")):
-            self.not_there |= {"I15"} - {c.id for c in found}
-        if not found and any(p.compared for p in probes if p.name.startswith("batch")):
+        self.causes += (found := verdicts.self_consistency(probes))
+        self.missing |= {"I3": QUICK if self.quick else NOTHING, "I15": NOTHING}
+        repeats, batches = ([p for p in probes if p.name.startswith(n)] for n in ("repeat", "batch"))
+        if any(c.id == "I15" for c in found):
+            self.open["I3"] = "the engine differs from itself without a batch (I15)"
+        elif any(p.compared for p in repeats):
+            self.not_there.add("I15")
+        if any(p.numbers_differ for p in batches) and not found:
+            self.open["I3"] = "batches move the numbers, but hardly more than asking twice does"
+        elif any(p.compared for p in batches) and not found:
             self.not_there.add("I3")
-        for cause_id in {"I3", "I15"} - self.not_there - {c.id for c in found}:
-            self.missing[cause_id] = "too few tokens could be compared"
 
     def _explicit_against_omitted(self, prompts: Prompts, alone: Sequence[Answer], floor: float) -> None:
         """The same requests with every field spelled out: a difference is the engine's own defaults."""
-        gap = paired(alone, self._alone(prompts, EXPLICIT | PLAIN | self.base))
+        gap = paired(alone, self.ask.alone(prompts, EXPLICIT | PLAIN | self.base))
         words = "fields left out against the same fields spelled out"
         probe = outcome("defaults", gap, verdicts.SELF_LIMIT * floor, words)
         self.probes.append(probe)
         if not gap.tokens and gap.failed:
             self.missing["S5"] = "the engine refused requests with every field spelled out"
-        elif probe.compared and not probe.differs and not gap.parted:
+        elif probe.differs or gap.parted:
+            self.open["S5"] = f"not decided: {probe.text}"
+        elif probe.compared:
             self.not_there.add("S5")
 
     def _judge(self, scoring: Setting | None, groups: Sequence[Setting]) -> list[SettingReport]:
@@ -268,10 +186,11 @@ class LiveCheck:
         excluded = frozenset(self.not_there & {"S5"})
         if scoring is not None:
             judged = self.bench.judge(scoring, excluded=frozenset(verdicts.SAMPLING_ONLY))
-            reports.append(judged.report)
+            ruled = tuple(i for i in judged.report.ruled_out if i not in verdicts.IN_REPORTING)
+            reports.append(replace(judged.report, ruled_out=ruled))
             if judged.report.verdict == "agree":
                 excluded |= verdicts.ENGINE_IS_RIGHT
-                self.not_there |= verdicts.ENGINE_IS_RIGHT - {"I4"}
+                self.not_there |= verdicts.ENGINE_IS_RIGHT - verdicts.NUMERIC
             elif judged.found is not None and not judged.found.model.source.plain:
                 given = judged.found
             elif judged.found is not None and judged.found.searched:
@@ -281,32 +200,42 @@ class LiveCheck:
             reports.append(judged.report)
             if given is None and judged.found is not None and not judged.found.model.source.plain:
                 given = judged.found
-        self.causes = verdicts.not_explained_by(reports, self.causes)
-        self.causes = verdicts.hidden_defaults(self.probes, reports, self.causes)
-        generation = verdicts.generation_against_scoring(reports, self.causes)
-        if generation is not None:
-            self.causes.append(generation)
-        elif scoring is not None and not self.quick:
+        before = self.causes
+        kept = verdicts.not_explained_by(reports, before)
+        kept = verdicts.hidden_defaults(self.probes, reports, kept)
+        gone = {c.id for c in before} - {c.id for c in kept}
+        self.open |= dict.fromkeys(gone, "what its probe saw is accounted for by the causes named")
+        generation = verdicts.generation_against_scoring(reports, kept)
+        self.causes = kept if generation is None else [*kept, generation]
+        plain = next((r for r in reports if r.label == "temperature=1"), None)
+        if scoring is None:
+            self.missing["I4"] = self.ask.cannot_score or QUICK
+        elif plain is not None and generation is None and {reports[0].verdict, plain.verdict} == {"agree"}:
             self.not_there.add("I4")
-        return verdicts.settle(reports, self.causes)
+        else:
+            self.missing["I4"] = QUICK if self.quick else "generation and scoring do not both fit the trainer"
+        return verdicts.settle(reports, self.causes, self.probes)
 
     def _cache(self, prompts: Prompts, floor: float, reports: Sequence[SettingReport]) -> None:
         if self.quick:
-            self.missing |= dict.fromkeys(("I5", "W12"), "left out of a quick check (--full)")
+            self.missing |= dict.fromkeys(("I5", "W12"), QUICK)
             return
         if self.facts.kind == "openai":
             self.missing |= dict.fromkeys(("I5", "W12"), "the server is not known to keep cached prompts apart by salt")
             return
         probe = cached_against_fresh(
-            self.clients[0], prompts.long, limit_rms=verdicts.SELF_LIMIT * floor, salt=str(self._salt())
+            self.clients[0], prompts.long, limit_rms=verdicts.SELF_LIMIT * floor, salt=str(self.ask.salt())
         )
         self.probes.append(probe)
         lost = any(c.id in verdicts.IN_REPORTING for r in reports for c in r.causes)
         found = verdicts.cached(probe, self.causes, updated=bool(self.facts.version), lost=lost)
         self.causes += found
         self.doubts += [("I5", "W12")] if any(c.confidence == "low" for c in found) else []
-        if not found and probe.compared:
+        if probe.differs and not found:
+            self.open["I5"] = f"another cause may be behind this: {probe.text}"
+        elif probe.compared and not found:
             self.not_there.add("I5")
+        self.missing["I5"] = probe.text
         self.missing["W12"] = "needs an update of the weights (--allow-updates)"
 
     def _own_trainer(self, setting: Setting, floor: float) -> None:
@@ -331,7 +260,11 @@ class LiveCheck:
         self.probes += outcome_.probes
         self.causes += [c for c in outcome_.causes if c.id not in {k.id for k in self.causes}]
         self.not_there |= outcome_.not_there
-        self.missing |= outcome_.missing
+        undecided = dict.fromkeys(NEEDS, "the updates did not decide it (see the probes)")
+        self.missing |= undecided | outcome_.missing
+        if outcome_.cache is not None:
+            self.causes = [c for c in self.causes if c.id not in ("I5", "W12")] + [outcome_.cache]
+            self.doubts = []
         self.touched = f"updates allowed: {outcome_.restored or 'none was made'}"
         self.bench.notes += outcome_.notes
 
@@ -352,18 +285,19 @@ class LiveCheck:
             "tokens": sum(r.tokens for r in reports), "environment": env.describe(),
             "touched": self.touched, "version_scan": bench.version_scan(groups[0]),
         }  # fmt: skip
-        if len(self.clients) > 1 and len({r.replica for g in groups for r in g.rows}) == len(self.clients):
+        if len(self.clients) > 1 and all(r.verdict == "agree" for r in reports):
             self.not_there.add("W9")
-        self.missing["W9"] = "one engine was given; repeat --engine for each replica"
-        absent = sorted(self.not_there - {c.id for c in causes})
-        named = [c.id for c in causes]
-        excluded = ruled_out(reports, causes, absent)
+        one = "one engine was given; repeat --engine for each replica"
+        self.missing["W9"] = one if len(self.clients) == 1 else "no replica fits, so that none is the odd one"
+        named = {c.id for c in causes}
+        self.open = {i: why for i, why in self.open.items() if i not in named}
+        excluded = [i for i in ruled_out(reports, causes, sorted(self.not_there - named)) if i not in self.open]
         return ParityReport(
             header=header, settings=tuple(reports), causes=tuple(causes),
             notes=(*bench.notes, *reach(excluded, [r for g in groups for r in g.rows], by_ids=True)),
-            problems=tuple(bench.problems), untested=untested(reports, [*absent, *named], self.missing),
-            ruled_out=tuple(excluded), seconds=time.monotonic() - started,
-            recipe=advice(groups), probes=tuple(p.as_dict() for p in self.probes),
+            problems=tuple(bench.problems), ruled_out=tuple(excluded),
+            untested=untested(reports, [*excluded, *named], self.missing, self.open),
+            seconds=time.monotonic() - started, recipe=advice(groups), probes=tuple(p.as_dict() for p in self.probes),
         )  # fmt: skip
 
 

@@ -66,7 +66,7 @@ class Probed:
     @property
     def compared(self) -> bool:
         """Whether there was enough to compare for "alike" to mean something."""
-        return self.gap is not None and (self.gap.tokens >= MIN_COMPARED or self.gap.at_once > 1)
+        return self.gap is not None and self.gap.tokens >= MIN_COMPARED
 
     def as_dict(self) -> dict[str, object]:
         """Return the JSON form."""
@@ -80,7 +80,7 @@ class Probed:
 
 
 def paired(first: Sequence[Answer], second: Sequence[Answer]) -> Gap:
-    """Compare answers pair by pair over their common beginning."""
+    """Compare answers pair by pair over their common beginning; two logprobs that are both no numbers are alike."""
     squares: list[float] = []
     parted = at_once = failed = 0
     for one, other in zip(first, second, strict=True):
@@ -93,8 +93,7 @@ def paired(first: Sequence[Answer], second: Sequence[Answer]) -> Gap:
                 at_once += token == 0
                 break
             if token < min(len(one.logprobs), len(other.logprobs)):
-                difference = one.logprobs[token] - other.logprobs[token]
-                squares.append(difference**2 if math.isfinite(difference) else math.inf)
+                squares.append(_squared(one.logprobs[token], other.logprobs[token]))
     rms = math.sqrt(sum(squares) / len(squares)) if squares else 0.0
     return Gap(
         tokens=len(squares),
@@ -104,6 +103,14 @@ def paired(first: Sequence[Answer], second: Sequence[Answer]) -> Gap:
         at_once=at_once,
         failed=failed,
     )
+
+
+def _squared(mine: float, theirs: float) -> float:
+    """Squared difference; 0 between numbers that are both not finite, infinite where one is."""
+    if not (math.isfinite(mine) or math.isfinite(theirs)):
+        return 0.0
+    difference = mine - theirs
+    return difference**2 if math.isfinite(difference) else math.inf
 
 
 def paired_values(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> Gap:
@@ -148,6 +155,11 @@ def scored(client: ProbeClient, rows: Sequence[TraceRow], *, together: bool) -> 
     return client.score([(r.prompt_token_ids, r.completion_token_ids) for r in rows], together=together)
 
 
+def twice(once: Sequence[Answer], again: Sequence[Answer], *, limit_rms: float) -> Probed:
+    """The same requests, alone, two times."""
+    return outcome("repeat", paired(once, again), limit_rms, "the same request twice, alone")
+
+
 def against_itself(
     client: ProbeClient,
     once: Sequence[Answer],
@@ -163,14 +175,14 @@ def against_itself(
     that every one of them is compared.
     """
     probes = [
-        outcome("repeat", paired(once, again), limit_rms, "the same request twice, alone"),
+        twice(once, again, limit_rms=limit_rms),
         outcome("batch", paired(once, together), limit_rms, "alone against together with others"),
     ]
     if rows:
-        alone, twice = (scored(client, rows, together=False) for _ in range(2))
+        alone, again = (scored(client, rows, together=False) for _ in range(2))
         batched = [Answer(ids=r.completion_token_ids, logprobs=r.completion_logprobs) for r in rows]
         probes += [
-            outcome("repeat, scored", paired(alone, twice), limit_rms, "the same tokens scored twice, alone"),
+            outcome("repeat, scored", paired(alone, again), limit_rms, "the same tokens scored twice, alone"),
             outcome("batch, scored", paired(alone, batched), limit_rms, "tokens scored alone against with others"),
         ]
     return probes

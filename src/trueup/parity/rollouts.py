@@ -15,7 +15,7 @@ from trueup.parity.grouping import group
 from trueup.parity.recipe import TRAINERS
 from trueup.parity.report import ParityReport
 from trueup.parity.run import check_rows
-from trueup.parity.trainer_check import Trainer, not_there, probe_trainer
+from trueup.parity.trainer_check import Trainer, not_there, probe_trainer, which_padding
 from trueup.parity.verdicts import SELF_LIMIT
 from trueup.parity.workbench import Workbench
 from trueup.trace import SCHEMA, Trace, TraceRow, parse_row
@@ -79,11 +79,13 @@ def check_rollouts(
     settings = bench.fit_for_model(group(trace, TRAINERS[check.trainer], []))
     limit = SELF_LIMIT * bench.floor_rms(settings[0])
     probes, causes = probe_trainer(trainer, settings[0].rows, limit)
+    if [c.id for c in causes] == ["R4"]:
+        causes = which_padding(bench, settings[0], trainer, causes)
     named = {c.id for c in causes}
     absent = not_there(probes, named)
     return replace(
         report,
-        causes=tuple(merge(report.settings, causes)),
+        causes=tuple(merge(report.settings, [*causes, *report.causes])),
         ruled_out=tuple(sorted({*report.ruled_out, *absent} - named, key=order_of)),
         untested={i: why for i, why in report.untested.items() if i not in absent | named},
         probes=(*report.probes, *(p.as_dict() for p in probes)),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from trueup.parity.grouping import Setting
+from trueup.parity.hypotheses import all_hypotheses
 from trueup.parity.probes import Probed, outcome, paired_values
 from trueup.parity.report import Cause, SettingReport
 from trueup.parity.workbench import Workbench
@@ -34,7 +35,9 @@ def logged(rows: Sequence[TraceRow]) -> list[TraceRow]:
     ]
 
 
-def judge_logged(bench: Workbench, setting: Setting) -> SettingReport | None:
+def judge_logged(
+    bench: Workbench, setting: Setting, *, excluded: frozenset[str] = SEMANTIC_ENGINE
+) -> SettingReport | None:
     """Compare the trainer's logged numbers with ours and explain a gap by how trainers go wrong; None without any."""
     rows = logged(setting.rows)
     if not rows:
@@ -42,7 +45,7 @@ def judge_logged(bench: Workbench, setting: Setting) -> SettingReport | None:
     bench.scorer.batched = rows
     try:
         own = replace(setting, rows=tuple(rows), case=replace(setting.case, tag=setting.case.tag + TAG))
-        return bench.judge(own, excluded=SEMANTIC_ENGINE).report
+        return bench.judge(own, excluded=excluded).report
     finally:
         bench.scorer.batched = ()
 
@@ -88,6 +91,18 @@ def probe_trainer(trainer: Trainer, rows: Sequence[TraceRow], limit_rms: float) 
         return probes, [_cause("R3", "later sequences of a batch see earlier ones", fix, unpadded)]
     fix = "one micro-batch shape for old and new logprobs, or batch-invariant kernels"
     return probes, [_cause("R5", "the trainer's numbers depend on the shape of its micro-batch", fix, unpadded)]
+
+
+def which_padding(bench: Workbench, setting: Setting, trainer: Trainer, causes: list[Cause]) -> list[Cause]:
+    """R2 in place of R4 where padding that only shifts positions explains the trainer's numbers."""
+    rows = [
+        replace(r, trainer_logprobs=v)
+        for r, v in zip(setting.rows, _asked(trainer, setting.rows), strict=True)
+    ]  # fmt: skip
+    others = frozenset(h.id for h in all_hypotheses()) - {"R2", "R4"}
+    report = judge_logged(bench, replace(setting, rows=tuple(rows)), excluded=others)
+    found = [replace(c, settings=()) for c in report.causes if c.id == "R2"] if report is not None else []
+    return found or causes
 
 
 def not_there(probes: Sequence[Probed], named: Collection[str]) -> set[str]:

@@ -18,15 +18,14 @@ import torch
 from torch import Tensor
 
 from trueup.config import CheckConfig
-from trueup.engines.http import is_loopback
 from trueup.engines.probe_http import Answer, ProbeClient
-from trueup.errors import EngineError
+from trueup.errors import EngineError, WeightError
 from trueup.parity.grouping import group
 from trueup.parity.probes import Probed, asks_of, cached_against_fresh, outcome, paired, scored
 from trueup.parity.progress import uninterrupted
 from trueup.parity.prompts import Prompts
 from trueup.parity.report import Cause
-from trueup.parity.verdicts import SAMPLING_ONLY
+from trueup.parity.verdicts import COLD_CACHE, SAMPLING_ONLY
 from trueup.parity.workbench import Workbench
 from trueup.trace import Trace, TraceRow
 from trueup.types import LogprobKind
@@ -40,12 +39,18 @@ UPDATE_TIMEOUT_S = 120.0
 PROBE_VERSIONS = 900_000_000
 """Numbers from here to twice this are the probe's: a number once served names one set of weights for good."""
 RESTORE_TRIES, RESTORE_PAUSE_S = 4, 1.0
+STALE = (
+    "W12", "weights", "cached prompts outlive the weights that computed them",
+    "--no-enable-prefix-caching, clear the cache at each update, or salt requests with the version",
+)  # fmt: skip
+COLD = ("I5", "inference", *COLD_CACHE)
 NEEDS = ("W1", "W2", "W3", "W4", "W12", "W15")
 
 
 @dataclass(kw_only=True)
 class UpdateOutcome:
-    """What the updates showed, and in `restored` what became of the weights ("": they were never touched)."""
+    """What the updates showed. `restored`: what became of the weights ("": they were never touched). `cache`: I5 or W12
+    if the cache was off before any update, told apart by clearing it."""
 
     probes: list[Probed] = field(default_factory=list)
     causes: list[Cause] = field(default_factory=list)
@@ -53,6 +58,7 @@ class UpdateOutcome:
     missing: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     restored: str = ""
+    cache: Cause | None = None
 
 
 class UpdateProbe:
@@ -65,6 +71,7 @@ class UpdateProbe:
         self.floor, self.limit_rms = floor, limit_rms
         self.found = UpdateOutcome()
         self.published: list[int] = []
+        self.applied = False
 
     def run(self, progress: Callable[[str, float], None]) -> UpdateOutcome:
         """Update, compare, restore: the engine's weights are put back on every way out, and the outcome says so.
@@ -86,11 +93,20 @@ class UpdateProbe:
             why = "the engine does not score given tokens: nothing could be verified"
             self.found.missing |= dict.fromkeys(NEEDS, why)
             return self.found
+        unsteady = paired(before, scored(self.client, rows, together=True))
+        if unsteady.rms > self.limit_rms:
+            why = (
+                f"the engine's scores differ from themselves (rms {unsteady.rms:.2g} nats): no update could be verified"
+            )
+            self.found.missing |= dict.fromkeys(NEEDS, why)
+            return self.found
         control = self._cached("before", warm=True)
         interrupted = False
         try:
             progress("updating with the same weights", 0.75)
-            self._update(self._publish(self.served, self.original))
+            version = self._publish(self.served, self.original)
+            self._require_unchanged()
+            self._update(version)
             again = scored(self.client, rows, together=True)
             words = "scores before and after the same weights"
             same = outcome("no-op update", paired(before, again), self.limit_rms, words)
@@ -102,6 +118,8 @@ class UpdateProbe:
             self._stale_cache(control)
         except KeyboardInterrupt:
             interrupted = True
+        except OSError as error:
+            raise EngineError(f"weights could not be written to {folder}: {error}") from None
         finally:
             with uninterrupted():
                 progress("restoring the weights", 0.95)
@@ -109,19 +127,27 @@ class UpdateProbe:
         if interrupted:
             raise EngineError(f"interrupted; {note}")
         self.found.restored = note
+        if control.differs:
+            self._cache_cleared(control)
         return self.found
 
     def _refused(self) -> str | None:
         facts = self.client.facts
         if facts.kind != "trueup":
             return "this version of trueup updates servers of its own kind only"
-        if not is_loopback(self.client.url):
+        if not facts.on_this_machine:
             return "the server is not on this machine: a folder that it names means nothing here"
         if not facts.weights_folder or not Path(facts.weights_folder).is_dir():
             return "the server takes no weights from a folder on this machine (trueup serve --weights FOLDER)"
         if facts.digest != self.bench.manifest_digest():
             return "the server's weights are not the trainer's: they could not be put back"
         return None
+
+    def _require_unchanged(self) -> None:
+        """Raise EngineError when somebody else updated the engine since it was first asked."""
+        status = self.client.http.get("/control/status", timeout_s=self.client.timeout_s)
+        if (status.get("version"), status.get("model_digest")) != (self.served, self.client.facts.digest):
+            raise EngineError("somebody else updated the engine's weights during the check; nothing was changed")
 
     def _canary_rows(self) -> list[TraceRow]:
         asks = asks_of(self.prompts.ordinary[:CANARY_PROMPTS], {"temperature": 1.0}, max_tokens=CANARY_TOKENS)
@@ -143,7 +169,14 @@ class UpdateProbe:
     def _update(self, version: int, *, clear_cache: bool = False) -> None:
         """Have the engine load a published version. Raises EngineError."""
         body = {"path": str(self.store.folder(version)), "clear_cache": clear_cache}
-        self.client.http.post("/control/update_weights", body, timeout_s=UPDATE_TIMEOUT_S)
+        try:
+            self.client.http.post("/control/update_weights", body, timeout_s=UPDATE_TIMEOUT_S)
+        except WeightError as error:  # the server's own word that it went on with the old weights
+            raise EngineError(f"the engine refused an update: {error}") from None
+        except (EngineError, KeyboardInterrupt):
+            self.applied = True
+            raise
+        self.applied = True
 
     def _named_after_no_op(self, same: Probed) -> bool:
         if not same.differs:
@@ -204,20 +237,36 @@ class UpdateProbe:
             return
         self.found.causes.append(
             Cause(
-                id="W12", layer="weights", title="cached prompts outlive the weights that computed them",
-                confidence="high", explained=None,
-                fix="--no-enable-prefix-caching, clear the cache at each update, or salt requests with the version",
+                id=STALE[0], layer=STALE[1], title=STALE[2], confidence="high", explained=None, fix=STALE[3],
                 evidence=f"after an update: {after.text}; before it: {control.text}",
             )
         )  # fmt: skip
+
+    def _cache_cleared(self, before: Probed) -> None:
+        """The cache was off before any update, and was cleared since: what still differs is arithmetic (I5), what does
+        not was stale (W12)."""
+        again = self._cached("cleared since", warm=True)
+        self.found.probes.append(replace(again, name="cache after clearing"))
+        if not again.differs and not again.compared:
+            return
+        evidence = f"{before.text}; after clearing the cache: {again.text}"
+        cause_id, layer, title, fix = COLD if again.differs else STALE
+        self.found.cache = Cause(
+            id=cause_id, layer=layer, title=title, confidence="high", explained=None, fix=fix, evidence=evidence
+        )
 
     def _restore(self, rows: list[TraceRow], before: Sequence[Answer]) -> str:
         """Have the engine load the original weights, which lie published already, until its scores are what they were.
 
         Raises EngineError when they are not after RESTORE_TRIES.
         """
-        why = "nothing was published"
-        for _ in range(RESTORE_TRIES if self.published else 0):
+        self.client.try_again()
+        if not self.applied:
+            shutil.rmtree(self.store.root, ignore_errors=True)
+            return "the engine's weights were not touched"
+        why = ""
+        for _ in range(RESTORE_TRIES):
+            self.client.try_again()
             try:
                 self._update(self.published[0], clear_cache=True)
                 gap = paired(before, scored(self.client, rows, together=True))
@@ -229,9 +278,6 @@ class UpdateProbe:
                 shutil.rmtree(self.store.root, ignore_errors=True)
                 return f"the engine's weights were restored and verified; it serves version {self.served} as before"
             why = f"scores differ from before by rms {gap.rms:.2g} nats over {gap.tokens} tokens"
-        if not self.published:
-            shutil.rmtree(self.store.root, ignore_errors=True)
-            return "the engine's weights were not touched"
         damaged = {c.id for c in self.found.causes} & {"W4"}
         if damaged:
             shutil.rmtree(self.store.root, ignore_errors=True)

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
-from trueup.engines.probe_http import Answer, EngineFacts
-from trueup.errors import TrueupError
+from trueup.engines.probe_http import Answer, EngineFacts, ProbeClient
+from trueup.errors import EngineError, TrueupError
 from trueup.model.load import checkpoint_digest
+from trueup.parity.context import BOS_ADDED, BOS_REMOVED, RETOKENIZED, Contexts
 from trueup.parity.probes import Probed
 from trueup.parity.report import Cause, SettingReport
 from trueup.parity.workbench import Workbench
 
 SAMPLING_ONLY = frozenset({"S1", "S2", "S3", "S4", "S5", "S6", "S7", "T7", "W10", "W11", "O7"})
 """Causes that cannot show in the engine's scores of given tokens: nothing is sampled there."""
-ENGINE_IS_RIGHT = frozenset({"W1", "W2", "W3", "W5", "W15", "W16", "I1", "I2", "I6", "I8", "I9", "I12", "I14"})
-"""Causes that would show in the engine's scores of given tokens: scores that agree rule them out."""
+ENGINE_IS_RIGHT = frozenset({"W1", "W2", "W3", "W5", "W15", "W16", "I1", "I2", "I8", "I9", "I12", "I14"})
+"""Causes that would show in the engine's scores of given tokens: with scores that agree they explain nothing."""
+NUMERIC = frozenset({"I1", "I2"})
+"""Those of them that may hide under the floor: each setting says for itself whether it rules them out."""
 IN_REPORTING = frozenset({"S8", "S9", "S10", "T1", "T7"})
 """Causes in how numbers are read and sent: answers that draw other tokens then differ in numbers before that too."""
 VOIDING = {"I3", "I4", "I15"}
+COARSE = frozenset({"I1", "I2", "I6"})
+"""Roundings that turn the smallest difference between batches into one step of a grid."""
 NOT_A_NUMBER = re.compile(r"\bnan\b|not finite|infinit|out of range float", re.IGNORECASE)
 SELF_LIMIT = 1.5
 """An engine may differ from itself by this many floors: in another batch shape it rounds as independently as a trainer
 does, and a few dozen tokens measure an rms to within a third."""
+COLD_CACHE = (
+    "a cached prompt computes something else than a fresh one",
+    "--no-enable-prefix-caching, or disable cascade attention; compare the dtype of cached keys and values",
+)
+"""Title and fix of I5."""
 HALF = 0.5
 NEARLY_ALL = 0.9
 """Share of mean |r| beyond which a setting's own causes account for what probes see."""
@@ -79,24 +91,24 @@ def self_consistency(probes: Sequence[Probed]) -> list[Cause]:
 
 
 def hidden_defaults(probes: Sequence[Probed], reports: Sequence[SettingReport], causes: Sequence[Cause]) -> list[Cause]:
-    """Add S5 if spelling fields out moves the numbers by more than asking twice does, unless a setting's numbers have
-    named it already, with its fields. A smaller effect of batches goes then: rounding moves a kept set's edge."""
-    gaps = {p.name: p.gap for p in probes if p.gap is not None and p.numbers_differ}
+    """Add S5 if spelling fields out moves numbers or draws by more than asking twice does, unless a setting's numbers
+    have named it already, with its fields. A smaller effect of batches goes then: rounding moves a kept set's edge."""
+    gaps = {p.name: p.gap for p in probes if p.gap is not None}
+    repeat, defaults = gaps.get("repeat"), gaps.get("defaults")
     lost = any(c.id in IN_REPORTING for r in reports for c in r.causes)
-    if "defaults" not in gaps or "repeat" in gaps or lost:
+    if repeat is None or defaults is None or lost or any(c.id == "I15" for c in causes):
         return list(causes)
-    of_edges = "batch" in gaps and FACTOR * gaps["batch"].rms < gaps["defaults"].rms
+    numbers = any(p.name == "defaults" and p.numbers_differ for p in probes) and defaults.rms > FACTOR * repeat.rms
+    if not numbers and not (defaults.parted and not repeat.parted):
+        return list(causes)
+    of_edges = "batch" in gaps and FACTOR * gaps["batch"].rms < defaults.rms
     rest = [c for c in causes if c.id != "I3" or not of_edges]
     if any(c.id == "S5" for r in reports for c in r.causes):
         return rest
-    return [
-        *rest,
-        _cause(
-            "S5", "semantic", "the engine applies sampling defaults that no request set",
-            "--generation-config vllm, and send every sampling field explicitly",
-            next(p.text for p in probes if p.name == "defaults"),
-        ),
-    ]  # fmt: skip
+    draws = "" if numbers else f"; {defaults.parted} of the completions went another way (raw logprobs do not show it)"
+    evidence = next(p.text for p in probes if p.name == "defaults") + draws
+    fix = "--generation-config vllm, and send every sampling field explicitly"
+    return [*rest, _cause("S5", "semantic", "the engine applies sampling defaults that no request set", fix, evidence)]
 
 
 def generation_against_scoring(reports: Sequence[SettingReport], causes: Sequence[Cause]) -> Cause | None:
@@ -107,7 +119,7 @@ def generation_against_scoring(reports: Sequence[SettingReport], causes: Sequenc
     if scoring is None or plain is None or scoring.verdict != "agree" or plain.verdict != "mismatch":
         return None
     known = [c for c in plain.causes if c.confidence == "high"]
-    if known or {c.id for c in causes} & VOIDING or not first_tokens_fit(plain) or in_few_rows(plain):
+    if known or {c.id for c in causes} & {*VOIDING, "S5"} or not first_tokens_fit(plain) or in_few_rows(plain):
         return None
     far, near = plain.gap.get("mean_abs"), scoring.gap.get("mean_abs")
     share = 1 - near / far if isinstance(far, float) and isinstance(near, float) and far else 0.0
@@ -141,31 +153,52 @@ def in_few_rows(report: SettingReport) -> bool:
 
 
 def not_explained_by(reports: Sequence[SettingReport], causes: Sequence[Cause]) -> list[Cause]:
-    """Leave out what a probe saw of the engine's noise where a setting's causes account for all of its gap, or for all
-    beyond the floor by how numbers are sent: then the noise is theirs (a number lost at random, a coarse grid)."""
+    """Leave out what a probe saw of the engine's noise where it comes with a cause that was found: numbers lost at
+    random on their way differ each time, and coarse rounding turns the noise of a batch into steps."""
     plain = next((r for r in reports if r.label == "temperature=1"), None)
     if plain is None or not plain.causes:
         return list(causes)
-    explained = sum(c.explained or 0.0 for c in plain.causes)
-    sent = plain.unexplained is None and {c.id for c in plain.causes} <= IN_REPORTING
-    return [c for c in causes if c.id not in VOIDING] if explained >= NEARLY_ALL or sent else list(causes)
+    ids = {c.id for c in plain.causes}
+    whole = plain.unexplained is None or sum(c.explained or 0.0 for c in plain.causes) >= NEARLY_ALL
+    void = VOIDING if ids & IN_REPORTING else {"I3"} if ids & COARSE else set()
+    return [c for c in causes if not whole or c.id not in void]
 
 
-def settle(reports: Sequence[SettingReport], causes: Sequence[Cause]) -> list[SettingReport]:
+def _left(report: SettingReport) -> float:
+    """Rms in nats that a setting's causes leave; infinite without any."""
+    rms = (report.fixed or {}).get("rms")
+    return rms if isinstance(rms, float) else math.inf
+
+
+def settle(reports: Sequence[SettingReport], causes: Sequence[Cause], probes: Sequence[Probed]) -> list[SettingReport]:
     """Drop guesses that other evidence speaks against.
 
-    Where a probe has shown why numbers move, incomplete explanations from those numbers are void; where the engine's
-    own scores, in which nothing is sampled, are off for no known reason, so is any explanation by how tokens are.
+    Where the engine's own scores, in which nothing is sampled, are off for no known reason, a cause in how tokens are
+    sampled can be right only if it leaves what the scores are off by. Where a probe has shown why numbers move, an
+    incomplete explanation can be right only if it leaves what the probe saw.
     """
     scoring = next((r for r in reports if "scores]" in r.label), None)
     if scoring is not None and scoring.unexplained is not None and not scoring.causes:
-        reports = [replace(r, causes=tuple(c for c in r.causes if c.id not in SAMPLING_ONLY)) for r in reports]
-    if not {c.id for c in causes} & VOIDING:
+        off = scoring.gap.get("rms")
+        assert isinstance(off, float)
+        reports = [
+            r if off / FACTOR <= _left(r) <= FACTOR * off
+            else replace(r, causes=tuple(c for c in r.causes if c.id not in SAMPLING_ONLY))
+            for r in reports
+        ]  # fmt: skip
+    found = {c.id for c in causes} & VOIDING
+    if not found:
         return list(reports)
-    return [
-        replace(r, causes=tuple(c for c in r.causes if c.confidence == "high"), unexplained=None, ambiguous=())
-        for r in reports
-    ]
+    noise = max((p.gap.rms for p in probes if p.gap is not None and p.numbers_differ), default=0.0)
+    settled = []
+    for report in reports:
+        sure = _left(report) <= FACTOR * noise
+        kept = tuple(c for c in report.causes if c.confidence == "high" or sure)
+        left = report.unexplained["rms"] if report.unexplained is not None else 0.0
+        accounted = "I4" in found or (isinstance(left, float) and left <= FACTOR * noise)
+        unexplained = None if accounted else report.unexplained
+        settled.append(replace(report, causes=kept, unexplained=unexplained, ambiguous=()))
+    return settled
 
 
 def cached(probe: Probed, causes: Sequence[Cause], *, updated: bool, lost: bool) -> list[Cause]:
@@ -178,28 +211,45 @@ def cached(probe: Probed, causes: Sequence[Cause], *, updated: bool, lost: bool)
     doubt = "; the server was updated before, so stale weights (W12) are possible: --allow-updates separates them"
     return [
         _cause(
-            "I5", "inference", "a cached prompt computes something else than a fresh one",
-            "--no-enable-prefix-caching, or disable cascade attention; compare the dtype of cached keys and values",
+            "I5", "inference", *COLD_CACHE,
             probe.text + (doubt if updated else ", without any update"), confidence="low" if updated else "high",
         )
     ]  # fmt: skip
 
 
-def prompt_echo(sent: Sequence[tuple[int, ...]], answers: Sequence[Answer]) -> Cause | None:
-    """T4 or T5 if the engine itself says that it saw other prompt ids than were sent."""
-    pairs = [(s, a.prompt_ids) for s, a in zip(sent, answers, strict=True) if a.prompt_ids is not None]
+def prompt_echo(
+    sent: Sequence[tuple[int, ...]], answers: Sequence[Sequence[Answer]], contexts: Contexts
+) -> Cause | None:
+    """T3, T4, T5 or T9 if an engine itself says that it saw other prompt ids than were sent."""
+    pairs = [
+        (s, a.prompt_ids) for own in answers for s, a in zip(sent, own, strict=True) if a.prompt_ids is not None
+    ]  # fmt: skip
     odd = [(s, seen) for s, seen in pairs if s != seen]
     if not odd:
         return None
     mine, seen = odd[0]
     evidence = (
-        f"{len(odd)} of {len(pairs)} prompts came back as other ids: {list(mine[:4])}... became {list(seen[:4])}..."
+        f"{len(odd)} of {len(pairs)} prompts came back as other ids: {list(mine[:4])}... ({len(mine)}) became "
+        f"{list(seen[:4])}... ({len(seen)})"
     )
-    if seen[1:] == mine or mine[1:] == seen:
+    if seen in (contexts.applied(BOS_ADDED, mine), contexts.applied(BOS_REMOVED, mine)):
         fix = "send token ids, or set add_special_tokens=false where the template writes BOS itself"
         return _cause("T4", "tokenization", "a BOS token is doubled or missing", fix, evidence)
+    if seen and len(seen) < len(mine) and seen in (mine[-len(seen) :], mine[: len(seen)]):
+        fix = "raise --max-model-len, unset truncate_prompt_tokens, and refuse prompts that do not fit"
+        return _cause("T9", "tokenization", "long prompts are cut before the model sees them", fix, evidence)
+    if seen == contexts.applied(RETOKENIZED, mine):
+        fix = "send token ids and keep them: never decode a prompt and encode it again"
+        return _cause("T3", "tokenization", "the prompt was decoded to text and tokenized again", fix, evidence)
     fix = "render the template once, in the trainer, and send token ids"
     return _cause("T5", "tokenization", "the engine renders another prompt than was sent", fix, evidence)
+
+
+def require_alike(clients: Sequence[ProbeClient]) -> None:
+    """Raise EngineError when replicas declare different precisions: each then has a floor of its own."""
+    declared = {(str(c.facts.info.flags.get("dtype")), str(c.facts.info.flags.get("head_dtype"))) for c in clients}
+    if len(declared) > 1:
+        raise EngineError(f"the replicas declare different precisions {sorted(declared)}: check each by itself")
 
 
 def served_weights(facts: EngineFacts, bench: Workbench, reports: Sequence[SettingReport]) -> Cause | None:
@@ -211,7 +261,7 @@ def served_weights(facts: EngineFacts, bench: Workbench, reports: Sequence[Setti
         declared = (
             f"the server says it serves weights {facts.digest[:12]}, the trainer's are {bench.manifest_digest()[:12]}"
         )
-    elif facts.root is not None and (other := _digest_of(facts.root)) not in (None, bench.scorer.digest()):
+    elif (other := _digest_of(facts)) not in (None, bench.scorer.digest()):
         ours = bench.scorer.digest()[:12]
         declared = f"the server says it serves {facts.root} (weights {other!s:.12}), the trainer has {ours}"
     if declared is None:
@@ -223,10 +273,11 @@ def served_weights(facts: EngineFacts, bench: Workbench, reports: Sequence[Setti
     )  # fmt: skip
 
 
-def _digest_of(folder: str) -> str | None:
-    from pathlib import Path
-
+def _digest_of(facts: EngineFacts) -> str | None:
+    """Digest of the folder that a server on this machine says it serves; elsewhere its paths mean nothing here."""
+    if not isinstance(facts.root, str) or not facts.on_this_machine:
+        return None
     try:
-        return checkpoint_digest(Path(folder))
-    except TrueupError:
+        return checkpoint_digest(Path(facts.root))
+    except (TrueupError, OSError, ValueError):
         return None

@@ -24,20 +24,22 @@ def _shift(evidence: Evidence, model: EngineModel) -> list[Variant]:
     ]
 
 
-LAST_SHARE = 0.8
+LAST_SHARE, LAST_ROWS = 0.1, 3
+"""Of the rows, at least: only some end by themselves."""
 LAST_NATS = 0.3
 
 
 def _synthetic_end(evidence: Evidence, model: EngineModel) -> list[Variant]:
-    """Offered only where the last token is far off in most rows, and farther than the others are."""
+    """Offered only where the last token is far off in some rows, and farther than the others are."""
     if model.skip is not None:
         return []
     whole = evidence.everything
     off_T = (render(whole, model) - whole.tokens.engine_T).abs().nan_to_num(torch.inf)
     last_T = skipped(whole.tokens, "last")
     usual = float(off_T[~last_T].quantile(0.99)) if bool((~last_T).any()) else torch.inf
-    share = float((off_T[last_T] > max(usual, LAST_NATS)).double().mean())
-    if share < LAST_SHARE:
+    far_T = off_T[last_T] > max(usual, LAST_NATS)
+    share = float(far_T.double().mean())
+    if share < LAST_SHARE or int(far_T.sum()) < min(LAST_ROWS, int(last_T.sum())):
         return []
     ids = torch.unique(whole.tokens.targets_T[last_T]).tolist()
     what = f"token {ids[0]}" if len(ids) == 1 else f"{len(ids)} different tokens"
