@@ -14,6 +14,9 @@ from torch import Tensor
 from trueup.errors import ModelError
 from trueup.model.load import LoadedModel
 
+FULLNESS = 0.75
+"""Of a batch's width: a long prompt among short ones would otherwise make three positions in four padding."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoredRow:
@@ -39,6 +42,17 @@ def check_fits(model: LoadedModel, rows: Sequence[ScoredRow]) -> None:
         raise ModelError(f"a row has {longest} tokens, the model's limit is {model.max_positions}")
 
 
+def _batches(lengths: Sequence[int], batch_rows: int) -> list[list[int]]:
+    """Indices of rows that run together, longest first: `batch_rows` at most, none shorter than FULLNESS of the first."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True):
+        if batches and len(batches[-1]) < batch_rows and lengths[i] >= FULLNESS * lengths[batches[-1][0]]:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
 @torch.no_grad()
 def hidden_states(
     model: LoadedModel,
@@ -49,14 +63,12 @@ def hidden_states(
 ) -> list[Tensor]:
     """Return, for each row, the states [T, D] (model dtype) that predict its completion tokens.
 
-    Rows are batched by length and padded on the right, where causal attention cannot see the padding; position ids
-    start at 0 in every row.
+    Rows of about the same length are batched and padded on the right, where causal attention cannot see the padding;
+    position ids start at 0 in every row.
     """
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
     device = model.weight_VD.device
     states: dict[int, Tensor] = {}
-    for first in range(0, len(order), batch_rows):
-        chunk = order[first : first + batch_rows]
+    for chunk in _batches([len(row) for row in rows], batch_rows):
         width = max(len(rows[i]) for i in chunk) - 1
         ids_BL = torch.zeros(len(chunk), width, dtype=torch.long, device=device)
         for at, i in enumerate(chunk):

@@ -151,8 +151,8 @@ class Attributor:
         return sorted([*found, *self._expand_costly(start, costly)], key=lambda c: c.fit_loss)
 
     def _expand_costly(self, start: _Candidate, hypotheses: Sequence[Hypothesis]) -> list[_Candidate]:
-        """Coarse variants of all on the screen; the few best are refined there until one accounts for all of the gap, and
-        run on the whole fitting half."""
+        """Coarse variants of all on the screen; the few best are refined there until one accounts for all of the gap,
+        and run on the whole fitting half."""
         screen = self.fit.screen or self.fit
         coarse: list[_Candidate] = []
         for hypothesis in hypotheses:
