@@ -30,7 +30,11 @@ def test_an_interrupted_check_restores_the_weights(tmp_path, number):
             sys.executable, "-m", "trueup.cli", "check", "--engine", server.url, "--model", str(model),
             "--token-file", str(server.token_file), "--allow-updates",
         ]  # fmt: skip
-        check = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        # A shell starts background jobs with SIGINT ignored: the check gets it as at a terminal.
+        check = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
         deadline = time.monotonic() + DEADLINE_S
         while status()["model_digest"] == before["model_digest"] and check.poll() is None:
             assert time.monotonic() < deadline

@@ -208,6 +208,7 @@ def test_a_large_body_is_refused_before_it_is_read(http):
     assert answer.status_code == 411
 
 
+@pytest.mark.slow
 def test_requests_that_end_just_as_they_time_out_do_not_stop_the_engine(tmp_path):
     """A cancelled wait and a finished request may meet: the engine must not mind that nobody listens any more."""
     path = make_tiny(tmp_path / "policy")

@@ -72,6 +72,7 @@ def test_a_tiled_row_does_not_depend_on_its_neighbours(dist):
         assert torch.equal(scored.logprobs_T, together.processed.logprobs_T[rows])
 
 
+@pytest.mark.slow
 @given(noise=st.floats(0, 1, exclude_max=True), seed=st.integers(0, 20))
 @settings(max_examples=60, deadline=None)
 def test_the_token_is_where_the_cumulative_distribution_passes_the_noise(noise, seed):

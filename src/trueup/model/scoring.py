@@ -15,7 +15,8 @@ from trueup.errors import ModelError
 from trueup.model.load import LoadedModel
 
 FULLNESS = 0.75
-"""Of a batch's width: a long prompt among short ones would otherwise make three positions in four padding."""
+"""Of a batch's width, in 32 bits and more: a long prompt among short ones would otherwise make three positions in four
+padding. In 16 bits the shape of a batch moves the numbers, and stays what `batch_rows` makes it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,11 +43,11 @@ def check_fits(model: LoadedModel, rows: Sequence[ScoredRow]) -> None:
         raise ModelError(f"a row has {longest} tokens, the model's limit is {model.max_positions}")
 
 
-def _batches(lengths: Sequence[int], batch_rows: int) -> list[list[int]]:
-    """Indices of rows that run together, longest first: `batch_rows` at most, none shorter than FULLNESS of the first."""
+def _batches(lengths: Sequence[int], batch_rows: int, fullness: float) -> list[list[int]]:
+    """Indices of rows to run together, longest first: at most `batch_rows`, none below that share of the first."""
     batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True):
-        if batches and len(batches[-1]) < batch_rows and lengths[i] >= FULLNESS * lengths[batches[-1][0]]:
+        if batches and len(batches[-1]) < batch_rows and lengths[i] >= fullness * lengths[batches[-1][0]]:
             batches[-1].append(i)
         else:
             batches.append([i])
@@ -63,12 +64,13 @@ def hidden_states(
 ) -> list[Tensor]:
     """Return, for each row, the states [T, D] (model dtype) that predict its completion tokens.
 
-    Rows of about the same length are batched and padded on the right, where causal attention cannot see the padding;
-    position ids start at 0 in every row.
+    Rows are batched by length and padded on the right, where causal attention cannot see the padding; position ids
+    start at 0 in every row.
     """
     device = model.weight_VD.device
+    fullness = FULLNESS if torch.finfo(model.dtype).bits >= 32 else 0.0
     states: dict[int, Tensor] = {}
-    for chunk in _batches([len(row) for row in rows], batch_rows):
+    for chunk in _batches([len(row) for row in rows], batch_rows, fullness):
         width = max(len(rows[i]) for i in chunk) - 1
         ids_BL = torch.zeros(len(chunk), width, dtype=torch.long, device=device)
         for at, i in enumerate(chunk):

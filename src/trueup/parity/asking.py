@@ -82,8 +82,10 @@ class Asking:
         return [client.generate(asks, together=True) for client in self.clients]
 
     def alone(self, prompts: Prompts, sampling: dict[str, object]) -> list[Answer]:
-        """A few prompts one after another; a quick check asks for less, in one batch. Raises EngineError when the engine
-        is gone."""
+        """A few prompts one after another; a quick check asks for less, in one batch.
+
+        Raises EngineError when the engine is gone.
+        """
         few, tokens = (QUICK_FEW, max(4, self.check.tokens // 2)) if self.quick else (FEW, self.check.tokens)
         asks = asks_of(prompts.ordinary[:few], sampling, max_tokens=tokens, seed=self.check.seed, salt=self.salt())
         answers = self.clients[0].generate(asks, together=self.quick)
