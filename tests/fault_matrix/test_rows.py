@@ -1,9 +1,7 @@
 """The committed fault matrix: complete, up to its bars, and random rows of it come out the same when run again."""
 
-import itertools
 import random
 import time
-from collections import Counter
 
 import pytest
 
@@ -61,12 +59,12 @@ def test_every_ladder_was_climbed_down(rows):
             assert dtype == "bfloat16" or smallest(here) is not None, f"{name}: not even the strongest is named"
 
 
-def test_enough_was_run(rows):
-    clean = Counter(r["model"] for r in rows if r["group"] == "clean")
-    assert clean["tiny"] >= 200 and clean["smollm2"] >= 20
-    for column in itertools.product(("tiny", "smollm2"), ("float32", "bfloat16")):
-        here = [r for r in rows if (r["model"], r["dtype"]) == column]
-        assert {r["name"] for r in here if r["group"] == "cause"} == set(PLANS), column
+def test_the_small_policy_was_run_whole(rows):
+    tiny = [r for r in rows if r["model"] == "tiny"]
+    assert sum(r["group"] == "clean" for r in tiny) >= 200
+    for dtype in ("float32", "bfloat16"):
+        here = [r for r in tiny if r["dtype"] == dtype]
+        assert {r["name"] for r in here if r["group"] == "cause"} == set(PLANS), dtype
         assert {r["name"] for r in here if r["group"] == "outside"} == set(OUTSIDE) and len(OUTSIDE) >= 5
 
 

@@ -1,0 +1,131 @@
+"""What probes mean: pure functions on gaps and reports, each case one that was once got wrong."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from trueup.engines.http import HttpClient, is_loopback
+from trueup.engines.probe_http import Answer, read_token
+from trueup.errors import EngineError
+from trueup.model.tiny import make_tiny
+from trueup.parity import verdicts
+from trueup.parity.context import Contexts
+from trueup.parity.probes import Gap, Probed, paired
+from trueup.parity.report import Cause, SettingReport
+
+
+def probe(name, rms, *, limit=0.1, parted=0, tokens=64):
+    gap = Gap(tokens=tokens, rms=rms, max_abs=rms, parted=parted, at_once=0, failed=0)
+    return Probed(name=name, gap=gap, limit_rms=limit, text=name)
+
+
+def cause(cause_id, *, layer="semantic", confidence="high", explained=0.9):
+    return Cause(
+        id=cause_id, layer=layer, title="", confidence=confidence, explained=explained, fix="", evidence=""
+    )  # fmt: skip
+
+
+def report(label="temperature=1", *causes, verdict="mismatch", rms=1.0, left=None):
+    unexplained = None if left is None else {"rms": left, "text": "", "layer": "", "floor_rms": 0.05, "reasons": []}
+    return SettingReport(
+        label=label, verdict=verdict, why="", rows=1, tokens=64, edge_tokens=(), singleton_tokens=0, gap={"rms": rms},
+        fixed={"rms": left or 0.05} if causes else None, noise_floor={"rms": 0.05}, judgement={}, causes=causes,
+        unexplained=unexplained, ambiguous=(), ruled_out=(), untested={}, kept_mass=None,
+    )  # fmt: skip
+
+
+def ids(causes):
+    return [c.id for c in causes]
+
+
+def test_hidden_defaults_show_in_numbers_or_in_what_is_drawn():
+    quiet = probe("repeat", 0.0)
+    assert ids(verdicts.hidden_defaults([quiet, probe("defaults", 0.5)], [], [])) == ["S5"]
+    assert ids(verdicts.hidden_defaults([quiet, probe("defaults", 0.0, parted=2)], [], [])) == ["S5"], "raw logprobs"
+    assert verdicts.hidden_defaults([quiet, probe("defaults", 0.0)], [], []) == []
+
+
+def test_noise_and_lost_numbers_are_no_hidden_defaults():
+    noisy = [probe("repeat", 0.3), probe("defaults", 0.4)]
+    assert verdicts.hidden_defaults(noisy, [], []) == []
+    drawn = [probe("repeat", 0.0, parted=1), probe("defaults", 0.0, parted=2)]
+    assert verdicts.hidden_defaults(drawn, [], []) == [], "an engine that ignores seeds draws anew each time"
+    lost = report("temperature=1", cause("S9"))
+    assert verdicts.hidden_defaults([probe("repeat", 0.0), probe("defaults", 0.5)], [lost], []) == []
+
+
+def test_nondeterminism_beside_stale_weights_stays_named():
+    stale = report("temperature=1", cause("W1", layer="weights", explained=0.97))
+    assert ids(verdicts.not_explained_by([stale], [cause("I15", layer="inference")])) == ["I15"]
+    lost = report("temperature=1", cause("S9", explained=0.97))
+    assert verdicts.not_explained_by([lost], [cause("I15", layer="inference")]) == []
+
+
+def test_a_sampling_cause_is_kept_where_it_leaves_what_the_scores_are_off_by():
+    scoring = report("temperature=1 [engine's scores]", rms=0.4, left=0.4)
+    raw = report("temperature=0.7", cause("S1", confidence="medium"), left=0.4)
+    whole = report("temperature=1", cause("S3"), left=0.01)
+    kept = verdicts.settle([scoring, raw, whole], [], [])
+    assert ids(kept[1].causes) == ["S1"] and not kept[2].causes, "S3 explains what sampling cannot"
+
+
+def test_beside_noise_a_right_cause_and_what_is_left_stay():
+    noise = [probe("batch", 0.3)]
+    partly = report("temperature=0.7", cause("S1", confidence="medium"), left=0.3)
+    guess = report("temperature=1", cause("I14", confidence="medium"), left=2.0)
+    kept = verdicts.settle([partly, guess], [cause("I3", layer="inference")], noise)
+    assert ids(kept[0].causes) == ["S1"] and kept[0].unexplained is None
+    assert not kept[1].causes and kept[1].unexplained is not None
+
+
+def test_decoding_is_not_blamed_for_hidden_defaults():
+    scoring = report("temperature=1 [engine's scores]", verdict="agree")
+    plain = replace(report(left=1.0), gap={"rms": 1.0, "mean_abs": 1.0})
+    assert verdicts.generation_against_scoring([scoring, plain], [cause("S5")]) is None
+
+
+@pytest.mark.parametrize(
+    ("seen", "expected"),
+    [
+        (lambda ids: (1, *ids), "T4"),
+        (lambda ids: ids[-5:], "T9"),
+        (lambda ids: ids[:-1], "T9"),
+        (lambda ids: (*ids, 9, 9), "T5"),
+        (lambda ids: ids, None),
+    ],
+)
+def test_an_echo_of_other_prompt_ids_says_what_was_done_to_them(tmp_path, seen, expected):
+    contexts = Contexts(make_tiny(tmp_path / "m"))
+    sent = (tuple(range(40, 50)),)
+    echo = verdicts.prompt_echo(sent, [[Answer(ids=(5,), logprobs=(-1.0,), prompt_ids=seen(sent[0]))]], contexts)
+    assert (None if echo is None else echo.id) == expected
+
+
+def test_the_same_missing_number_twice_is_no_difference():
+    answer = Answer(ids=(1, 2), logprobs=(math.nan, -1.0))
+    assert paired([answer], [answer]).rms == 0.0
+    assert paired([answer], [replace(answer, logprobs=(-1.0, -1.0))]).rms == math.inf
+
+
+def test_a_token_is_one_line_and_never_quoted(tmp_path):
+    file = tmp_path / "token"
+    file.write_bytes(b"\xef\xbb\xbfsecret\n")
+    assert read_token(file) == "secret"
+    for bad in ("one\ntwo", "", "späte"):
+        file.write_text(bad)
+        with pytest.raises(EngineError) as error:
+            read_token(file)
+        assert "one line" in str(error.value) and (not bad or bad not in str(error.value))
+
+
+@pytest.mark.parametrize("url", ["http://user:secret@host:1", "http://[::1:80", "ftp://host", "host:80"])
+def test_addresses_that_are_refused(url):
+    with pytest.raises(EngineError) as error:
+        HttpClient(url)
+    assert "secret" not in str(error.value)
+
+
+def test_loopback_by_name_alone():
+    assert is_loopback("http://127.0.0.1:1") and is_loopback("http://[::1]:1") and is_loopback("http://localhost")
+    assert not is_loopback("http://10.0.0.1") and not is_loopback("http://localhost.example")
