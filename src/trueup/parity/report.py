@@ -11,6 +11,8 @@ from trueup.errors import TrueupError
 from trueup.parity.catalogue import separated_by
 
 SCHEMA = "trueup.parity/1"
+TRIED = "tried, and does not account for the gap"
+"""Why an id is not ruled out by a setting in which nothing explains the gap."""
 EXIT_CODES = {"agree": 0, "mismatch": 1, "inconclusive": 2}
 
 

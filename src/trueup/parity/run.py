@@ -110,7 +110,8 @@ def check_rows(bench: Workbench, trace: Trace) -> ParityReport:
     return ParityReport(
         header=header, settings=tuple(reports), causes=tuple(causes),
         notes=(*bench.notes, *reach(excluded, trace.rows, by_ids=False)),
-        problems=tuple(bench.problems), untested=untested(reports, [c.id for c in causes], LOG_CANNOT_SHOW, {}),
+        problems=tuple(bench.problems),
+        untested=untested(reports, [*excluded, *(c.id for c in causes)], LOG_CANNOT_SHOW, {}),
         ruled_out=tuple(excluded), seconds=time.monotonic() - started, recipe=advice(settings),
     )  # fmt: skip
 

@@ -17,7 +17,7 @@ from trueup.parity.hypotheses import all_hypotheses
 from trueup.parity.invariants import INVARIANTS, broken_invariants, positive_logprobs, well_formed
 from trueup.parity.logged_trainer import describe, rows_with_trainer
 from trueup.parity.replicas import divide
-from trueup.parity.report import Cause, Points, SettingReport
+from trueup.parity.report import TRIED, Cause, Points, SettingReport
 from trueup.parity.scorer import Scorer
 from trueup.policy.diagnostics import diagnose
 from trueup.trace import TraceRow
@@ -163,6 +163,12 @@ class SettingJudge:
             untested["S6"] = f"{', '.join(unmodelled)} changes the distribution and is not modelled"
             if outcome == "mismatch" and not causes:
                 outcome, why = "inconclusive", f"{untested['S6']}: {why}"
+        ruled_out = [*found.ruled_out, *(i for i in INVARIANTS if i not in {c.id for c in causes})]
+        if outcome == "inconclusive":
+            ruled_out = []
+        elif outcome == "mismatch" and not causes:  # a weak or a combined form of any of them may be behind it
+            untested |= dict.fromkeys(found.ruled_out, TRIED)
+            ruled_out = list(INVARIANTS)
         label = setting.case.label()
         scores = evidence.scores(TRAINER, setting.case.processed)
         fixed, unexplained = None, None
@@ -187,9 +193,7 @@ class SettingJudge:
             causes=tuple(replace(c, settings=(label,)) for c in causes),
             unexplained=unexplained,
             ambiguous=found.ambiguous if outcome == "mismatch" else (),
-            ruled_out=()
-            if outcome == "inconclusive"
-            else (*found.ruled_out, *(i for i in INVARIANTS if i not in {c.id for c in causes})),
+            ruled_out=tuple(ruled_out),
             untested=untested,
             kept_mass=float(scores.log_kept_mass_T.double().exp().mean()) if setting.case.processed.truncates else None,
             points=_points(evidence, now),
