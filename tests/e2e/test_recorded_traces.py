@@ -14,6 +14,10 @@ T1, TOP_P, TOP_K, HOT, PENALTY = (
 )  # fmt: skip
 
 
+EDGES = 3
+"""Of about 600 tokens a setting, at the edge of a kept set: which ones depends on the bf16 kernels of the CPU."""
+
+
 @cache
 def checked(name, trainer="processed"):
     return check_trace(CheckConfig(trace=DATA / f"vllm-{name}.jsonl", model=SMOLLM2, trainer=trainer))
@@ -69,7 +73,7 @@ def test_processed_logprobs_agree_within_the_predicted_bf16_floor(smollm2, name)
     for setting in settings(report).values():
         assert setting.verdict == "agree"
         assert setting.gap["rms"] <= setting.noise_floor["rms"], "a clean engine is below the predicted floor itself"
-        assert len(setting.edge_tokens) <= 0.005 * setting.tokens
+        assert len(setting.edge_tokens) <= max(EDGES, 0.005 * setting.tokens)
     assert {"S3", "S8", "T1"} <= set(report.ruled_out)
 
 
