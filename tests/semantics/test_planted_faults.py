@@ -47,6 +47,7 @@ FAULTS = [
     ("", {}, T07, "raw", ["S2", "S4"]),
     ("temperature twice", {}, {"temperature": 0.7}, "processed", ["S3"]),
     ("other temperature", {"used": 1.2}, {"temperature": 0.8}, "processed", ["S3"]),
+    ("other temperature", {"used": 1.0}, {"temperature": 1.3}, "processed", ["S3"]),
     ("", {}, {"temperature": 1.0, "top_p": 0.8}, "trl", ["S4"]),
     ("", {}, {"temperature": 1.0, "top_k": 5}, "verl", ["S4"]),
     ("ignores penalties", {}, PENALISED | {"temperature": 0.8}, "processed", ["S6"]),
@@ -79,7 +80,7 @@ def test_a_random_wrong_temperature_is_measured(tiny_model, tmp_path, seed):
     declared = 0.9 if abs(used - 0.9) > 0.1 else 1.2
     engine = PlainEngine(tiny_model, fault="other temperature", used=used)
     report = run(tiny_model, engine.trace(tmp_path / "t.jsonl", {"temperature": declared}, seed=seed))
-    assert "S3" in ids(report) or (used == 1.0 and "S1" in ids(report))
+    assert "S3" in ids(report)
     fitted = float(report.causes[0].evidence.split("T'=")[1].split(",")[0].split(" ")[0])
     assert fitted == pytest.approx(used, abs=0.026)
 

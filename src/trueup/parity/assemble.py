@@ -45,6 +45,9 @@ def reach(ruled_out: Sequence[str], rows: Sequence[TraceRow], *, by_ids: bool) -
     if long and rows:
         longest = max(len(r.prompt_token_ids) + len(r.completion_token_ids) for r in rows)
         notes.append(f"{' '.join(long)}: ruled out up to {longest} tokens, the longest sequence looked at")
+    sized = [i for i in ("S3", "S5", "S6") if i in ruled_out]
+    if sized:
+        notes.append(f"{' '.join(sized)}: ruled out at any size that would show above the noise floor")
     worded = [i for i in ("T3", "T5") if i in ruled_out]
     if worded and by_ids:
         notes.append(f"{' '.join(worded)}: ruled out for prompts sent as token ids, as here; not for text or chat")

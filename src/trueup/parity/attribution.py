@@ -14,10 +14,12 @@ import torch
 
 from trueup.config import LimitsConfig
 from trueup.errors import ModelError, NumericsError
-from trueup.parity.compare import Residual, clearly_better, loss, residual, separation
+from trueup.parity.compare import Residual, clearly_better, log_likelihood, loss, residual, separation
 from trueup.parity.evidence import TRAINER, EngineModel, Evidence, Source
+from trueup.parity.findings import Attribution, Finding
 from trueup.parity.floor import Floor, Judgement, judge
 from trueup.parity.hypotheses import Hypothesis, Variant
+from trueup.policy.processing import Distribution
 
 BEAM = 3
 PARTIAL_SHARE = 0.5
@@ -34,6 +36,8 @@ EDGE_ALLOWANCE = 0.02
 TWINS = ("S4", "S6")
 """At T=1 an engine that ignores truncation or penalties reports what a raw one does; which of them it is shows at any
 other temperature."""
+LIKELIER_NATS = 7.0
+"""Of two causes that predict the same numbers one is dropped if it makes the tokens a thousand times less likely."""
 REFINED = 3
 """Costly candidates that are refined, of all that look promising."""
 FINE_FLOOR = 1e-3
@@ -47,35 +51,6 @@ REFINE_GAIN = 0.002
 """A round of refinement that takes away less than this share of the loss is followed by one with half the step."""
 PROMISING = 0.95
 """A costly candidate is looked at more closely once it leaves at most this share of the loss on the screen."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """A supported cause. `explained` is the share of mean |r| on held-back tokens that this edit takes away."""
-
-    hypothesis: Hypothesis
-    detail: str
-    explained: float
-    confidence: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Attribution:
-    """The outcome for one setting.
-
-    `model` is the fitted engine, `judgement` its held-back residual against `floor`. `ambiguous` lists groups of ids
-    the tokens cannot separate; `ruled_out` ids that were tried and fit clearly worse; `unseeable` id to reason.
-    `searched`: whether costly causes were tried as well.
-    """
-
-    findings: tuple[Finding, ...]
-    model: EngineModel
-    floor: Floor
-    judgement: Judgement
-    ambiguous: tuple[tuple[str, ...], ...]
-    ruled_out: tuple[str, ...]
-    unseeable: dict[str, str]
-    searched: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +183,8 @@ class Attributor:
     ) -> _Candidate | None:
         if variant.model in self.seen and hypothesis.id in TWINS:
             self.twins.setdefault(variant.model, set()).add(hypothesis.id)
-        if variant.model in self.seen or variant.model.source in self.impossible:
+        known = variant.model in self.seen and not hypothesis.redraws  # the tokens may tell one that redraws apart
+        if known or variant.model.source in self.impossible:
             return None
         self.seen.add(variant.model)
         value = loss(residual(evidence, variant.model), EDGE_ALLOWANCE)
@@ -314,7 +290,19 @@ class Attributor:
         kept = alone or kept
         best = min(kept, key=lambda c: self.held_loss(c.model))
         tied = [c for c in kept if not self._clearly_worse(c, best)]
-        return min(tied, key=lambda c: (len(c.path), [e.hypothesis.rank for e in c.path]))
+        drawn = [c for c in tied if not any(self._less_likely(c, other) for other in tied)] or tied
+        return min(drawn, key=lambda c: (len(c.path), [e.hypothesis.rank for e in c.path]))
+
+    def _less_likely(self, candidate: _Candidate, other: _Candidate) -> bool:
+        """Whether the tokens, drawn as each of them says, speak against the first: numbers alone cannot tell an engine
+        that reports raw logprobs from one that also draws at T=1."""
+
+        def drawn_from(c: _Candidate) -> Distribution:
+            redrawn = any(e.hypothesis.redraws for e in c.path)
+            return c.model.dist if redrawn else self.held.case.processed
+
+        first, second = (log_likelihood(self.held, drawn_from(c)) for c in (candidate, other))
+        return second - first > LIKELIER_NATS
 
     def _clearly_worse(self, candidate: _Candidate, best: _Candidate) -> bool:
         ours, theirs = self.held_residual(best.model), self.held_residual(candidate.model)
@@ -341,7 +329,8 @@ class Attributor:
 
     def _conclude(self, best: _Candidate, singles: Sequence[_Candidate]) -> Attribution:
         floor, verdict = self.floor_of(best.model), self.held_judgement(best.model)
-        rivals, unseeable = [], dict(self.unseeable)
+        rivals: list[str] = []
+        unseeable = dict(self.unseeable)
         tried = {c.path[-1].hypothesis.id for c in singles}
         if best is self.start and not self.searched:  # within the floor: no costly cause can be at work visibly
             coarse = floor.rms > FINE_FLOOR
@@ -357,9 +346,12 @@ class Attributor:
             if clearly_better(ours, theirs, EDGE_ALLOWANCE):
                 ruled_out.append(hypothesis.id)
             elif separation(self.held_residual(self.base), theirs) < floor.rms:
-                unseeable[hypothesis.id] = UNDER_FLOOR
+                if hypothesis.refine is None:
+                    unseeable[hypothesis.id] = UNDER_FLOOR
+                else:  # its number was fitted, and came out as next to nothing
+                    ruled_out.append(hypothesis.id)
             elif best.path and self.held_judgement(candidate.model).within:
-                rivals.append(hypothesis.id)
+                (ruled_out if self._less_likely(candidate, best) else rivals).append(hypothesis.id)
         named = tuple(e.hypothesis.id for e in best.path)
         twins = sorted(self.twins.get(best.model, set()) - set(named)) if named else []
         ambiguous = ((*named, *rivals, *twins),) if rivals or twins else ()

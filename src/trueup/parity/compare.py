@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trueup.parity.evidence import EngineModel, Evidence, render
+from trueup.parity.evidence import TRAINER, EngineModel, Evidence, render
 from trueup.parity.floor import BOOTSTRAPS, cluster_bootstrap, sum_per_row
+from trueup.policy.processing import Distribution
 
 INFEASIBLE_NATS = 3.0
 """Charged for a token that a prediction rules out, beyond the share that edges of the kept set account for."""
@@ -75,3 +76,9 @@ def separation(first: Residual, second: Residual) -> float:
     if not bool(both.any()):
         return 0.0
     return float((first.residual_T[both] - second.residual_T[both]).square().mean().sqrt())
+
+
+def log_likelihood(evidence: Evidence, dist: Distribution) -> float:
+    """Log-likelihood in nats of the evidence's tokens under the trainer's `dist`; NaN if it rules one of them out."""
+    logprobs_T = evidence.scores(TRAINER, dist).logprobs_T.double()
+    return float(logprobs_T.sum()) if bool(torch.isfinite(logprobs_T).all()) else float("nan")

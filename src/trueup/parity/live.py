@@ -21,7 +21,7 @@ from trueup.parity import verdicts
 from trueup.parity.against import URLS, against_baseline, against_engine
 from trueup.parity.asking import FEW, PLAIN, Asking
 from trueup.parity.assemble import merge, reach, ruled_out, untested
-from trueup.parity.attribution import Attribution
+from trueup.parity.findings import Attribution
 from trueup.parity.grouping import Setting, group, looks_like_float32
 from trueup.parity.hypotheses import ENGINE_WIDE
 from trueup.parity.probes import (

@@ -12,7 +12,7 @@ from trueup.config import CheckConfig
 from trueup.errors import ConfigError, RecordError, TraceError
 from trueup.parity.against import compare_against
 from trueup.parity.assemble import merge, reach, ruled_out, untested
-from trueup.parity.attribution import Attribution
+from trueup.parity.findings import Attribution
 from trueup.parity.grouping import Setting, group
 from trueup.parity.hypotheses import ENGINE_WIDE
 from trueup.parity.recipe import TRAINERS, lint, recipe_of_engine

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from trueup.config import LimitsConfig
-from trueup.parity.attribution import Attribution, Attributor
+from trueup.parity.attribution import Attributor
 from trueup.parity.compare import Residual, residual
 from trueup.parity.evidence import ENGINE, REFERENCE, TRAINER, EngineModel, Evidence
+from trueup.parity.findings import Attribution
 from trueup.parity.floor import Floor, Judgement, judge, predict
 from trueup.parity.grouping import Setting, halves
 from trueup.parity.hypotheses import all_hypotheses

@@ -35,7 +35,8 @@ class Hypothesis:
     for a smaller step (1 at first, then halved). `unseeable` gives the reason this setting cannot show the cause, or
     None. `simulates` marks causes that need further forward passes and are tried only when nothing cheaper explains the
     gap, on a few tokens first unless `screened` is off (every row must be run anyway); `numeric` those that could only
-    leave a small gap.
+    leave a small gap; `redraws` those under which the tokens too are drawn from what is reported, not from what was
+    declared.
     """
 
     id: str
@@ -48,6 +49,7 @@ class Hypothesis:
     simulates: bool = False
     screened: bool = True
     numeric: bool = False
+    redraws: bool = False
 
     def __post_init__(self) -> None:
         assert self.layer in LAYERS, self.layer

@@ -83,14 +83,14 @@ def _truncation_unseeable(evidence: Evidence) -> str | None:
 
 
 def _closer_temperature(evidence: Evidence, variant: Variant, step: float) -> list[Variant]:
-    value = variant.model.dist.temperature
-    near = [t for sign in (-1, 1) if (t := round(value + sign * 0.04 * step, 4)) > 0]
+    value, declared = variant.model.dist.temperature, evidence.case.processed.temperature
+    near = [t for sign in (-1, 1) if (t := round(value + sign * 0.04 * step, 4)) > 0 and t != declared]
     return [
         v
         for t in near
         for v in _with(
             variant.model,
-            f"engine fits T'={t:g}, not the declared {evidence.case.processed.temperature:g}",
+            f"engine fits T'={t:g}, not the declared {declared:g}",
             temperature=t,
         )
     ]
@@ -134,6 +134,7 @@ HYPOTHESES = (
         fix="store the temperature with each rollout and apply it once, on one side only",
         variants=_wrong_temperature,
         refine=_closer_temperature,
+        redraws=True,
     ),
     Hypothesis(
         id="S4",

@@ -1,0 +1,38 @@
+"""What a search for causes comes back with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trueup.parity.evidence import EngineModel
+from trueup.parity.floor import Floor, Judgement
+from trueup.parity.hypotheses import Hypothesis
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """A supported cause. `explained` is the share of mean |r| on held-back tokens that this edit takes away."""
+
+    hypothesis: Hypothesis
+    detail: str
+    explained: float
+    confidence: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attribution:
+    """The outcome for one setting.
+
+    `model` is the fitted engine, `judgement` its held-back residual against `floor`. `ambiguous` lists groups of ids
+    the tokens cannot separate; `ruled_out` ids that were tried and fit clearly worse; `unseeable` id to reason.
+    `searched`: whether costly causes were tried as well.
+    """
+
+    findings: tuple[Finding, ...]
+    model: EngineModel
+    floor: Floor
+    judgement: Judgement
+    ambiguous: tuple[tuple[str, ...], ...]
+    ruled_out: tuple[str, ...]
+    unseeable: dict[str, str]
+    searched: bool = False
