@@ -119,7 +119,8 @@ def t2(rng: random.Random, w: World) -> Plan:
 
 
 def t3(rng: random.Random, w: World) -> Plan:
-    return Plan(faults=(("retokenized", {}),))
+    """Enough prompts that both halves of them hold some which are respelled."""
+    return Plan(faults=(("retokenized", {}),), knobs={"prompts": 16})
 
 
 def t4(rng: random.Random, w: World) -> Plan:

@@ -129,3 +129,12 @@ def test_addresses_that_are_refused(url):
 def test_loopback_by_name_alone():
     assert is_loopback("http://127.0.0.1:1") and is_loopback("http://[::1]:1") and is_loopback("http://localhost")
     assert not is_loopback("http://10.0.0.1") and not is_loopback("http://localhost.example")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "at_once", "limit", "differs"),
+    [(4, 2, 0.1, False), (0, 5, 0.1, False), (0, 6, 0.1, True), (4, 2, 1e-4, True), (16, 1, 1e-4, False)],
+)
+def test_first_tokens_that_part_are_a_mark_only_where_rounding_cannot_part_them(tokens, at_once, limit, differs):
+    gap = Gap(tokens=tokens, rms=0.0, max_abs=0.0, parted=at_once, at_once=at_once, failed=0)
+    assert Probed(name="cache", gap=gap, limit_rms=limit, text="").differs == differs

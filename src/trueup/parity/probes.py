@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from trueup.engines.probe_http import Answer, Ask, ProbeClient
 from trueup.trace import TraceRow
@@ -22,6 +22,12 @@ EXPLICIT = {
 
 MIN_COMPARED = 16
 """Tokens below which two answers that agree show nothing."""
+FINE_NATS = 1e-3
+"""A limit above is one of 16-bit rounding, which alone lets one seed draw two tokens where the distribution is flat:
+first tokens that part say something there only if ALL_PARTED of them do, and none does not."""
+ALL_PARTED = 6
+CACHE_SEEDS, CACHE_ROUNDS, CACHE_TOKENS = 3, 4, 8
+"""Requests a round of the cache probe, and rounds until enough tokens are shared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +62,11 @@ class Probed:
     @property
     def differs(self) -> bool:
         """Whether the changed thing made a difference beyond the limit, in numbers or in the first tokens drawn."""
-        return self.gap is not None and (self.gap.at_once > 1 or self.numbers_differ)
+        if self.gap is None or self.numbers_differ:
+            return self.gap is not None
+        if self.limit_rms < FINE_NATS:
+            return self.gap.at_once > 1
+        return self.gap.at_once >= ALL_PARTED and not self.gap.tokens
 
     @property
     def numbers_differ(self) -> bool:
@@ -196,14 +206,18 @@ def cached_against_fresh(
     With `warm` it is asked for once before, so that it is in the cache; without, whatever is cached is used.
     """
     sampling: dict[str, object] = {"temperature": 1.0}
-    shared = [Ask(prompt=prompt, sampling=sampling, seed=7 + i, max_tokens=8) for i in range(3)]
-    fresh = [
-        Ask(prompt=a.prompt, sampling=sampling, seed=a.seed, max_tokens=8, salt=f"{salt}-{a.seed}") for a in shared
-    ]
-    if warm:
-        client.generate(shared[:1], together=False)
-    from_cache = client.generate(shared, together=False)
-    computed = client.generate(fresh, together=False)
+    from_cache: list[Answer] = []
+    computed: list[Answer] = []
+    for turn in range(CACHE_ROUNDS):
+        seeds = range(7 + turn * CACHE_SEEDS, 7 + (turn + 1) * CACHE_SEEDS)
+        shared = [Ask(prompt=prompt, sampling=sampling, seed=s, max_tokens=CACHE_TOKENS) for s in seeds]
+        if warm and not turn:
+            client.generate(shared[:1], together=False)
+        from_cache += client.generate(shared, together=False)
+        fresh = [replace(ask, salt=f"{salt}-{ask.seed}") for ask in shared]
+        computed += client.generate(fresh, together=False)
+        if limit_rms < FINE_NATS or paired(from_cache, computed).tokens >= MIN_COMPARED:
+            break
     hits = [a.cached_tokens for a in from_cache if a.cached_tokens is not None]
     words = "cached prompt against the same under a fresh salt" + (f" ({max(hits)} tokens cached)" if hits else "")
     return outcome("cache", paired(from_cache, computed), limit_rms, words)
