@@ -138,3 +138,15 @@ def test_loopback_by_name_alone():
 def test_first_tokens_that_part_are_a_mark_only_where_rounding_cannot_part_them(tokens, at_once, limit, differs):
     gap = Gap(tokens=tokens, rms=0.0, max_abs=0.0, parted=at_once, at_once=at_once, failed=0)
     assert Probed(name="cache", gap=gap, limit_rms=limit, text="").differs == differs
+
+
+@pytest.mark.parametrize(("shapes", "found"), [(0.0, ["I5"]), (0.05, ["I5"]), (0.3, [])])
+def test_a_cached_prompt_is_off_only_if_it_moves_numbers_further_than_another_batch_does(shapes, found):
+    others = [probe("repeat", 0.0), probe("batch", shapes)]
+    assert ids(verdicts.cached(probe("cache", 0.4), [], others, updated=False, lost=False)) == found
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.8, []), (0.6, ["I3"])])
+def test_coarse_rounding_accounts_for_what_batches_move_though_no_pass_repeats_all_of_it(share, kept):
+    plain = report("temperature=1", cause("I6", layer="inference", explained=share), left=0.03)
+    assert ids(verdicts.not_explained_by([plain], [cause("I3", layer="inference")])) == kept

@@ -228,7 +228,7 @@ class LiveCheck:
         )
         self.probes.append(probe)
         lost = any(c.id in verdicts.IN_REPORTING for r in reports for c in r.causes)
-        found = verdicts.cached(probe, self.causes, updated=bool(self.facts.version), lost=lost)
+        found = verdicts.cached(probe, self.causes, self.probes, updated=bool(self.facts.version), lost=lost)
         self.causes += found
         self.doubts += [("I5", "W12")] if any(c.confidence == "low" for c in found) else []
         if probe.differs and not found:

@@ -28,6 +28,8 @@ IN_REPORTING = frozenset({"S8", "S9", "S10", "T1", "T7"})
 VOIDING = {"I3", "I4", "I15"}
 COARSE = frozenset({"I1", "I2", "I6"})
 """Roundings that turn the smallest difference between batches into one step of a grid."""
+COARSE_SHARE = 0.75
+"""Share of mean |r| that such a rounding must explain; which way a value at the edge of a step goes, no pass repeats."""
 NOT_A_NUMBER = re.compile(r"\bnan\b|not finite|infinit|out of range float", re.IGNORECASE)
 SELF_LIMIT = 1.5
 """An engine may differ from itself by this many floors: in another batch shape it rounds as independently as a trainer
@@ -159,7 +161,8 @@ def not_explained_by(reports: Sequence[SettingReport], causes: Sequence[Cause]) 
     if plain is None or not plain.causes:
         return list(causes)
     ids = {c.id for c in plain.causes}
-    whole = plain.unexplained is None or sum(c.explained or 0.0 for c in plain.causes) >= NEARLY_ALL
+    needed = COARSE_SHARE if ids & COARSE else NEARLY_ALL
+    whole = plain.unexplained is None or sum(c.explained or 0.0 for c in plain.causes) >= needed
     void = VOIDING if ids & IN_REPORTING else {"I3"} if ids & COARSE else set()
     return [c for c in causes if not whole or c.id not in void]
 
@@ -201,12 +204,18 @@ def settle(reports: Sequence[SettingReport], causes: Sequence[Cause], probes: Se
     return settled
 
 
-def cached(probe: Probed, causes: Sequence[Cause], *, updated: bool, lost: bool) -> list[Cause]:
+def cached(
+    probe: Probed, causes: Sequence[Cause], probes: Sequence[Probed], *, updated: bool, lost: bool
+) -> list[Cause]:
     """I5 if a cached prompt and a fresh one differ; on a server that was updated before it may as well be W12.
 
-    Not when decoding itself is off (a cached prompt ends in a decoding step), or numbers get `lost` on the way.
+    Not when decoding itself is off (a cached prompt ends in a decoding step), when numbers get `lost` on the way, or
+    when being in a batch, which is another shape too, moves numbers as far.
     """
     if not probe.differs or {c.id for c in causes} & {"I15", "I4"} or lost:
+        return []
+    shapes = max((p.gap.rms for p in probes if p.name.startswith("batch") and p.gap is not None), default=0.0)
+    if probe.gap is not None and probe.gap.tokens and probe.gap.rms <= FACTOR * shapes:
         return []
     doubt = "; the server was updated before, so stale weights (W12) are possible: --allow-updates separates them"
     return [
