@@ -29,7 +29,7 @@ VOIDING = {"I3", "I4", "I15"}
 COARSE = frozenset({"I1", "I2", "I6"})
 """Roundings that turn the smallest difference between batches into one step of a grid."""
 COARSE_SHARE = 0.75
-"""Share of mean |r| that such a rounding must explain; which way a value at the edge of a step goes, no pass repeats."""
+"""Share of mean |r| that such a rounding must explain: no pass repeats which way values at the edge of a step go."""
 NOT_A_NUMBER = re.compile(r"\bnan\b|not finite|infinit|out of range float", re.IGNORECASE)
 SELF_LIMIT = 1.5
 """An engine may differ from itself by this many floors: in another batch shape it rounds as independently as a trainer
