@@ -15,10 +15,10 @@ from trueup.weights.store import WeightStore
 
 REQUESTS = 10_000
 SHARES = {
-    "POST /v1/completions": 0.34, "POST /v1/chat/completions": 0.2, "POST /control/pause": 0.1,
+    "POST /v1/completions": 0.31, "POST /v1/chat/completions": 0.2, "POST /control/pause": 0.1,
     "POST /control/update_weights": 0.14, "POST /control/score": 0.14, "POST /control/resume": 0.03,
-    "POST /control/clear_cache": 0.03, "GET /v1/models": 0.005, "GET /metrics": 0.005, "GET /control/status": 0.005,
-    "GET /health": 0.005,
+    "POST /control/clear_cache": 0.03, "POST /control/faults": 0.03, "GET /v1/models": 0.005, "GET /metrics": 0.005,
+    "GET /control/status": 0.005, "GET /health": 0.005,
 }  # fmt: skip
 
 
