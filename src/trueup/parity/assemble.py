@@ -45,7 +45,7 @@ def reach(ruled_out: Sequence[str], rows: Sequence[TraceRow], *, by_ids: bool) -
     if long and rows:
         longest = max(len(r.prompt_token_ids) + len(r.completion_token_ids) for r in rows)
         notes.append(f"{' '.join(long)}: ruled out up to {longest} tokens, the longest sequence looked at")
-    sized = [i for i in ("S3", "S5", "S6") if i in ruled_out]
+    sized = [i for i in ("S3", "S5", "S6", "I3", "I4", "I5", "I15") if i in ruled_out]
     if sized:
         notes.append(f"{' '.join(sized)}: ruled out at any size that would show above the noise floor")
     worded = [i for i in ("T3", "T5") if i in ruled_out]
