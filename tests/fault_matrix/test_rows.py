@@ -59,11 +59,12 @@ def test_every_ladder_was_climbed_down(rows):
             assert dtype == "bfloat16" or smallest(here) is not None, f"{name}: not even the strongest is named"
 
 
-def test_the_small_policy_was_run_whole(rows):
-    tiny = [r for r in rows if r["model"] == "tiny"]
-    assert sum(r["group"] == "clean" for r in tiny) >= 200
+@pytest.mark.parametrize(("model", "clean"), [("tiny", 200), ("smollm2", 20)])
+def test_each_model_was_run_whole(rows, model, clean):
+    of_model = [r for r in rows if r["model"] == model]
+    assert sum(r["group"] == "clean" for r in of_model) >= clean
     for dtype in ("float32", "bfloat16"):
-        here = [r for r in tiny if r["dtype"] == dtype]
+        here = [r for r in of_model if r["dtype"] == dtype]
         assert {r["name"] for r in here if r["group"] == "cause"} == set(PLANS), dtype
         assert {r["name"] for r in here if r["group"] == "outside"} == set(OUTSIDE) and len(OUTSIDE) >= 5
 

@@ -143,7 +143,7 @@ def test_first_tokens_that_part_are_a_mark_only_where_rounding_cannot_part_them(
 @pytest.mark.parametrize(("shapes", "found"), [(0.0, ["I5"]), (0.05, ["I5"]), (0.3, [])])
 def test_a_cached_prompt_is_off_only_if_it_moves_numbers_further_than_another_batch_does(shapes, found):
     others = [probe("repeat", 0.0), probe("batch", shapes)]
-    assert ids(verdicts.cached(probe("cache", 0.4), [], others, updated=False, lost=False)) == found
+    assert ids(verdicts.cached(probe("cache", 0.4), [], others, updated=False, blurred=False)) == found
 
 
 @pytest.mark.parametrize(("share", "kept"), [(0.8, []), (0.6, ["I3"])])

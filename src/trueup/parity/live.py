@@ -227,8 +227,9 @@ class LiveCheck:
             self.clients[0], prompts.long, limit_rms=verdicts.SELF_LIMIT * floor, salt=str(self.ask.salt())
         )
         self.probes.append(probe)
-        lost = any(c.id in verdicts.IN_REPORTING for r in reports for c in r.causes)
-        found = verdicts.cached(probe, self.causes, self.probes, updated=bool(self.facts.version), lost=lost)
+        known = {c.id for r in reports for c in r.causes}
+        blurred = bool(known & (verdicts.IN_REPORTING | verdicts.COARSE))
+        found = verdicts.cached(probe, self.causes, self.probes, updated=bool(self.facts.version), blurred=blurred)
         self.causes += found
         self.doubts += [("I5", "W12")] if any(c.confidence == "low" for c in found) else []
         if probe.differs and not found:

@@ -205,14 +205,14 @@ def settle(reports: Sequence[SettingReport], causes: Sequence[Cause], probes: Se
 
 
 def cached(
-    probe: Probed, causes: Sequence[Cause], probes: Sequence[Probed], *, updated: bool, lost: bool
+    probe: Probed, causes: Sequence[Cause], probes: Sequence[Probed], *, updated: bool, blurred: bool
 ) -> list[Cause]:
     """I5 if a cached prompt and a fresh one differ; on a server that was updated before it may as well be W12.
 
-    Not when decoding itself is off (a cached prompt ends in a decoding step), when numbers get `lost` on the way, or
-    when being in a batch, which is another shape too, moves numbers as far.
+    Not when decoding itself is off (a cached prompt ends in a decoding step), when numbers are `blurred` (lost on the
+    way, or rounded coarsely), or when being in a batch, which is another shape too, moves them as far.
     """
-    if not probe.differs or {c.id for c in causes} & {"I15", "I4"} or lost:
+    if not probe.differs or {c.id for c in causes} & {"I15", "I4"} or blurred:
         return []
     shapes = max((p.gap.rms for p in probes if p.name.startswith("batch") and p.gap is not None), default=0.0)
     if probe.gap is not None and probe.gap.tokens and probe.gap.rms <= FACTOR * shapes:
