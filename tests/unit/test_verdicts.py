@@ -66,8 +66,10 @@ def test_a_sampling_cause_is_kept_where_it_leaves_what_the_scores_are_off_by():
     scoring = report("temperature=1 [engine's scores]", rms=0.4, left=0.4)
     raw = report("temperature=0.7", cause("S1", confidence="medium"), left=0.4)
     whole = report("temperature=1", cause("S3"), left=0.01)
-    kept = verdicts.settle([scoring, raw, whole], [], [])
+    filled = report("temperature=1.1", cause("S8"), cause("S9"), left=0.01)
+    kept = verdicts.settle([scoring, raw, whole, filled], [], [])
     assert ids(kept[1].causes) == ["S1"] and not kept[2].causes, "S3 explains what sampling cannot"
+    assert not kept[3].causes and kept[3].unexplained is not None, "nor can what is reported"
 
 
 def test_beside_noise_a_right_cause_and_what_is_left_stay():

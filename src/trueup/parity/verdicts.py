@@ -173,22 +173,28 @@ def _left(report: SettingReport) -> float:
     return rms if isinstance(rms, float) else math.inf
 
 
+def _without(report: SettingReport, ids: frozenset[str], scoring: SettingReport) -> SettingReport:
+    """A setting without some causes; what they explained is as unexplained then as the engine's scores are."""
+    kept = tuple(c for c in report.causes if c.id not in ids)
+    open_now = scoring.unexplained if report.causes and not kept else None
+    return replace(report, causes=kept, unexplained=report.unexplained or open_now)
+
+
 def settle(reports: Sequence[SettingReport], causes: Sequence[Cause], probes: Sequence[Probed]) -> list[SettingReport]:
     """Drop guesses that other evidence speaks against.
 
     Where the engine's own scores, in which nothing is sampled, are off for no known reason, a cause in how tokens are
-    sampled can be right only if it leaves what the scores are off by. Where a probe has shown why numbers move, an
-    incomplete explanation can be right only if it leaves what the probe saw.
+    sampled or reported can be right only if it leaves what the scores are off by. Where a probe has shown why numbers
+    move, an incomplete explanation can be right only if it leaves what the probe saw.
     """
     scoring = next((r for r in reports if "scores]" in r.label), None)
     if scoring is not None and scoring.unexplained is not None and not scoring.causes:
         off = scoring.gap.get("rms")
         assert isinstance(off, float)
         reports = [
-            r if off / FACTOR <= _left(r) <= FACTOR * off
-            else replace(r, causes=tuple(c for c in r.causes if c.id not in SAMPLING_ONLY))
+            r if off / FACTOR <= _left(r) <= FACTOR * off else _without(r, SAMPLING_ONLY | IN_REPORTING, scoring)
             for r in reports
-        ]  # fmt: skip
+        ]
     found = {c.id for c in causes} & VOIDING
     if not found:
         return list(reports)
