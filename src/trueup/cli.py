@@ -118,7 +118,6 @@ def _run_check(config: Config, json_out: Path | None, html_out: Path | None) -> 
             raise ConfigError(f"{name}: folder {out.absolute().parent} does not exist")
     from rich.console import Console
 
-    from trueup.parity.html import write_html
     from trueup.parity.progress import run_with_progress
     from trueup.parity.report import write_json
     from trueup.parity.terminal import render
@@ -129,6 +128,8 @@ def _run_check(config: Config, json_out: Path | None, html_out: Path | None) -> 
         write_json(report, json_out)
         typer.echo(f"report      {json_out}")
     if html_out is not None:
+        from trueup.parity.html import write_html
+
         write_html(report, html_out)
         typer.echo(f"report      {html_out}")
     return report.exit_code

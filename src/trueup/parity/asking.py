@@ -26,7 +26,7 @@ SHAPED: dict[str, object] = {"temperature": 0.7, "top_p": 0.9}
 LONG_TOKENS = 300
 """Longer than two of vLLM's blocks on a CPU (128 tokens), so that a prefix cache has something to reuse."""
 SHORTEST_LONG_TOKENS = 16
-FEW, QUICK_FEW = 4, 2
+FEW = 4
 MIN_OK = 0.5
 """With fewer answers than this share nothing can be judged."""
 
@@ -86,8 +86,8 @@ class Asking:
 
         Raises EngineError when the engine is gone.
         """
-        few, tokens = (QUICK_FEW, max(4, self.check.tokens // 2)) if self.quick else (FEW, self.check.tokens)
-        asks = asks_of(prompts.ordinary[:few], sampling, max_tokens=tokens, seed=self.check.seed, salt=self.salt())
+        tokens = max(4, self.check.tokens // 4) if self.quick else self.check.tokens
+        asks = asks_of(prompts.ordinary[:FEW], sampling, max_tokens=tokens, seed=self.check.seed, salt=self.salt())
         answers = self.clients[0].generate(asks, together=self.quick)
         self.require_alive()
         return answers

@@ -18,7 +18,9 @@ from trueup.errors import NumericsError
 from trueup.types import LogprobKind, SamplingParams
 
 RANKED = 512
-"""Largest logits looked at first for top-p; rows whose nucleus is wider are sorted whole."""
+"""Largest logits looked at first for top-p."""
+WIDENING = 8
+"""Rows whose nucleus is wider are looked at again, this many times as far down."""
 LSE_BLOCK = 2048
 
 
@@ -170,10 +172,13 @@ def _nucleus_cut(logits_CV: Tensor, ranked_CK: Tensor, floor_C: Tensor, dist: Di
         return values_CK.gather(1, last_C[:, None])[:, 0], complete_C
 
     cut_C, complete_C = cut(ranked_CK, floor_C, lse_C)
+    looked_at = ranked_CK.shape[1]
     wide = (~complete_C).nonzero()[:, 0]
-    if len(wide) and ranked_CK.shape[1] < logits_CV.shape[1]:
-        values = logits_CV[wide].sort(dim=1, descending=True).values
-        cut_C[wide] = cut(values, floor_C[wide], lse_C[wide])[0]
+    while len(wide) and looked_at < logits_CV.shape[1]:
+        looked_at = min(WIDENING * looked_at, logits_CV.shape[1])
+        values = logits_CV[wide].topk(looked_at, dim=1).values
+        cut_C[wide], complete_C = cut(values, floor_C[wide], lse_C[wide])
+        wide = wide[~complete_C]
     return cut_C
 
 
