@@ -8,10 +8,9 @@ import pytest
 from tests.fault_matrix.plans import OUTSIDE, PAIRS, PLANS
 from tests.fault_matrix.run import model_of, row_of
 from tests.fault_matrix.severity import LADDERS
-from tests.fault_matrix.table import PAGE, SOURCE, found, page, read, smallest, visible
+from tests.fault_matrix.table import PAGE, found, page, read, smallest, visible
 from tests.fault_matrix.world import stand
 
-pytestmark = pytest.mark.skipif(not SOURCE.is_file(), reason="run `make fault-matrix` first")
 AGAIN = 5
 FIRST_SHARE, FIRST_SHARE_EACH = 0.95, 0.8
 

@@ -102,7 +102,7 @@ def test_sixty_four_requests_and_twenty_updates(tmp_path, clear):
     print("median pause, ms:", 1e3 * statistics.median(r.paused_s for r in receipts))
 
 
-def perturbation_is_followed(path, store, version, pattern, *, dtype=torch.float32):
+def assert_perturbation_is_followed(path, store, version, pattern, *, dtype=torch.float32):
     """Update with one group moved: the engine's change of score equals the trainer's, and it is visible."""
     publish_perturbed(store, path, version, scale=0.3, only=pattern, dtype=dtype)
     engine = EmbeddedEngine(path, EngineOptions(dtype=dtype))
@@ -128,20 +128,20 @@ def test_every_tensor_group_follows_an_update(tmp_path, group, tied):
     if group == "head" and tied:
         group = "embedding and tied head"
     path = make_tiny(tmp_path / "tiny", tied=tied)
-    perturbation_is_followed(path, WeightStore(tmp_path / "w"), 1, GROUPS.get(group, r"lm_head"))
+    assert_perturbation_is_followed(path, WeightStore(tmp_path / "w"), 1, GROUPS.get(group, r"lm_head"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_follows_an_update(tmp_path, family):
     path = make_tiny(tmp_path / family, family=family, tied=True)
-    perturbation_is_followed(path, WeightStore(tmp_path / "w"), 1, "")
+    assert_perturbation_is_followed(path, WeightStore(tmp_path / "w"), 1, "")
 
 
 @pytest.mark.slow
 @pytest.mark.smollm2
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_tensor_group_of_smollm2_follows_an_update(smollm2, tmp_path, group):
-    perturbation_is_followed(smollm2, WeightStore(tmp_path / "w"), 1, GROUPS[group])
+    assert_perturbation_is_followed(smollm2, WeightStore(tmp_path / "w"), 1, GROUPS[group])
 
 
 def test_a_prefix_of_old_weights_is_never_reused(tmp_path):

@@ -17,7 +17,7 @@ from trueup.errors import ModelError, NumericsError
 from trueup.parity.compare import Residual, clearly_better, log_likelihood, loss, residual, separation
 from trueup.parity.evidence import TRAINER, EngineModel, Evidence, Source
 from trueup.parity.findings import Attribution, Finding
-from trueup.parity.floor import Floor, Judgement, judge
+from trueup.parity.floor import FLOAT32_NATS, Floor, Judgement, judge
 from trueup.parity.hypotheses import Hypothesis, Variant
 from trueup.policy.processing import Distribution
 
@@ -40,8 +40,6 @@ LIKELIER_NATS = 7.0
 """Of two causes that predict the same numbers one is dropped if it makes the tokens a thousand times less likely."""
 REFINED = 3
 """Costly candidates that are refined, of all that look promising."""
-FINE_FLOOR = 1e-3
-"""Nats rms: above, a floor is one of 16-bit rounding, under which other rounding may hide."""
 UNDER_FLOOR = "its effect here would be smaller than the noise floor"
 NO_SIMULATION = "it cannot be simulated for this kind of model"
 OUT_OF_TIME = "no time was left to try it (check.search_s)"
@@ -333,7 +331,7 @@ class Attributor:
         unseeable = dict(self.unseeable)
         tried = {c.path[-1].hypothesis.id for c in singles}
         if best is self.start and not self.searched:  # within the floor: no costly cause can be at work visibly
-            coarse = floor.rms > FINE_FLOOR
+            coarse = floor.rms > FLOAT32_NATS  # other 16-bit rounding may hide under it
             self.hopeless |= {h.id for h in self.simulated if not (h.numeric and coarse)}
             unseeable |= {h.id: UNDER_FLOOR for h in self.simulated if h.numeric and coarse}
         chosen = {e.hypothesis.id for e in best.path}

@@ -21,6 +21,8 @@ from trueup.config import LimitsConfig
 BOOTSTRAPS = 400
 FEW_SEQUENCES = 6
 BLOCK_TOKENS = 8
+FLOAT32_NATS = 1e-3
+"""Rms below which a gap or a floor is one of float32 (below 1e-4) and cannot be one of 16 bits (0.03 and more)."""
 
 
 @dataclass(frozen=True, kw_only=True)

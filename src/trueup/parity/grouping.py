@@ -12,6 +12,7 @@ import torch
 from trueup.config import CheckConfig
 from trueup.errors import RecordError, TraceError
 from trueup.parity.evidence import EXACT, Case
+from trueup.parity.floor import FLOAT32_NATS
 from trueup.parity.invariants import well_formed
 from trueup.parity.recipe import flag_of
 from trueup.parity.scorer import Arithmetic, Scorer
@@ -22,8 +23,6 @@ from trueup.types import LogprobKind, SamplingParams, parse_sampling
 FIT_TOKENS = 320
 """Enough to tell candidates apart, few enough to scan temperatures quickly."""
 
-FLOAT32_NATS = 1e-3
-"""Rms below which an engine cannot be one of bf16 (0.03 and more) and may be one of float32 (below 1e-4)."""
 SHAPING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Fields that an engine may fill in from generation_config.json where a request is silent."""
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from trueup.engines.probe_http import Answer, Ask, ProbeClient
+from trueup.parity.floor import FLOAT32_NATS
 from trueup.trace import TraceRow
 
 EXPLICIT = {
@@ -22,10 +23,9 @@ EXPLICIT = {
 
 MIN_COMPARED = 16
 """Tokens below which two answers that agree show nothing."""
-FINE_NATS = 1e-3
-"""A limit above is one of 16-bit rounding, which alone lets one seed draw two tokens where the distribution is flat:
-first tokens that part say something there only if ALL_PARTED of them do, and none does not."""
 ALL_PARTED = 6
+"""Rounding in 16 bits alone lets one seed draw two tokens where the distribution is flat: first tokens that part say
+something there only if so many do, and none does not."""
 CACHE_SEEDS, CACHE_ROUNDS, CACHE_TOKENS = 3, 4, 8
 """Requests a round of the cache probe, and rounds until enough tokens are shared."""
 
@@ -62,9 +62,11 @@ class Probed:
     @property
     def differs(self) -> bool:
         """Whether the changed thing made a difference beyond the limit, in numbers or in the first tokens drawn."""
-        if self.gap is None or self.numbers_differ:
-            return self.gap is not None
-        if self.limit_rms < FINE_NATS:
+        if self.gap is None:
+            return False
+        if self.numbers_differ:
+            return True
+        if self.limit_rms < FLOAT32_NATS:
             return self.gap.at_once > 1
         return self.gap.at_once >= ALL_PARTED and not self.gap.tokens
 
@@ -216,7 +218,7 @@ def cached_against_fresh(
         from_cache += client.generate(shared, together=False)
         fresh = [replace(ask, salt=f"{salt}-{ask.seed}") for ask in shared]
         computed += client.generate(fresh, together=False)
-        if limit_rms < FINE_NATS or paired(from_cache, computed).tokens >= MIN_COMPARED:
+        if limit_rms < FLOAT32_NATS or paired(from_cache, computed).tokens >= MIN_COMPARED:
             break
     hits = [a.cached_tokens for a in from_cache if a.cached_tokens is not None]
     words = "cached prompt against the same under a fresh salt" + (f" ({max(hits)} tokens cached)" if hits else "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any, Protocol
@@ -118,7 +119,7 @@ class _Stream:
         return fresh
 
 
-class _Writer:
+class _Writer(ABC):
     """What completions and chat share; subclasses say how a choice looks."""
 
     kind: str
@@ -156,13 +157,13 @@ class _Writer:
                 choices.append(choice)
         return self.envelope(choices, self.kind, usage=_usage(requests, results))
 
+    @abstractmethod
     def choice(self, result: Result) -> dict[str, Any]:
         """A choice's own fields."""
-        raise NotImplementedError
 
+    @abstractmethod
     def delta(self, text: str, token: int | None, logprob: float | None) -> dict[str, Any]:
         """A streamed choice's own fields."""
-        raise NotImplementedError
 
     def piece(self, sample: int, token: int, logprob: float, version: int) -> str:
         """The event of one drawn token; text that may still change or turn out to be a stop string is held back."""
