@@ -21,11 +21,14 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Two processes of one thread each: small models gain nothing from a second thread, and two teams of two would fight.
+PYTEST_TWICE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not vllm" $(ARGS)
+	$(PYTEST_TWICE) -m "not slow and not vllm" $(ARGS)
 
 test-slow: setup
-	$(BIN)/python -m pytest -m "slow and not vllm" $(ARGS)
+	$(PYTEST_TWICE) -m "slow and not vllm" $(ARGS)
 
 # vLLM 0.32 in an environment of its own (minutes, 4 GB), then real servers on this machine.
 test-vllm: setup
