@@ -30,10 +30,11 @@ test: setup
 test-slow: setup
 	$(PYTEST_TWICE) -m "slow and not vllm" $(ARGS)
 
-# vLLM 0.32 in an environment of its own (minutes, 4 GB), then real servers on this machine.
+# vLLM in an environment of its own (minutes, 4 to 7 GB), then real servers on this machine, one at a time.
+VLLM ?= 0.32.0
 test-vllm: setup
-	$(BIN)/trueup vllm install --version 0.32.0
-	$(BIN)/python -m pytest -m vllm $(ARGS)
+	$(BIN)/trueup vllm install --version $(VLLM)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm --vllm-version $(VLLM) $(ARGS)
 
 bench: setup
 	$(BIN)/python benchmarks/head.py

@@ -9,6 +9,15 @@ DATA = Path(__file__).resolve().parent / "data"
 SMOLLM2 = ROOT / "models" / "smollm2-135m"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--vllm-version", default="0.32.0", help="the vLLM that tests marked vllm start")
+
+
+@pytest.fixture(scope="session")
+def vllm_version(request):
+    return request.config.getoption("--vllm-version")
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The real 135M checkpoint; `make setup` builds it."""

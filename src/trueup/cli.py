@@ -213,6 +213,33 @@ def vllm_install(
     typer.echo(f"vLLM {environment.version}  {environment.python}")
 
 
+@vllm_app.command("serve")
+def vllm_serve(
+    model: Annotated[Path | None, typer.Option(help="The policy to serve, a local Hugging Face folder.")] = None,
+    version: Annotated[str | None, typer.Option(help="0.32.0 or 0.18.1.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0 picks a free one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Body and cache: bfloat16 or float32.")] = None,
+    head: Annotated[str | None, typer.Option(help="Head matmul: float32 or bfloat16.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Folder for the log and what vLLM is given.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with a [vllm] section.")] = None,
+    sets: Sets = [],  # noqa: B006
+) -> None:
+    """Serve a policy with vLLM so that it agrees with the trainer, and say which flags were seen to hold.
+
+    `--set vllm.slots=32` and the like reach the other knobs; `trueup config` lists them. Ctrl-C ends it.
+    """
+    given = {"model": model, "version": version, "port": port, "dtype": dtype, "head": head, "run": run}
+    try:
+        base = load_config(config, sets=sets).model_dump()
+        base["vllm"] |= {k: v for k, v in given.items() if v is not None}
+        resolved = build_config(_without_none(base), where="command line").vllm
+        from trueup.engines.vllm_server import serve as run_server
+
+        run_server(resolved, announce=typer.echo)
+    except TrueupError as error:
+        raise _fail(error) from None
+
+
 @app.command("config")
 def show_config(
     file: Annotated[Path | None, typer.Argument(help="TOML file; none prints the defaults.")] = None,

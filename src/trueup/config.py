@@ -141,11 +141,37 @@ class ServeConfig(_Section):
     max_queue: int = Field(4096, ge=1, description="requests that may wait; beyond it the server answers 429")
 
 
+class VllmConfig(_Section):
+    """`trueup vllm serve`: vLLM as an engine that agrees with the trainer unless told otherwise."""
+
+    model: Path | None = Field(None, description="local Hugging Face folder, served as weight version 0")
+    version: Literal["0.32.0", "0.18.1"] = Field("0.32.0", description="of vLLM; `trueup vllm install` makes it")
+    environments: Path = Field(Path(), description="where `trueup vllm install` made .venv-vllm-VERSION")
+    run: Path = Field(Path("vllm-run"), description="folder for the log and the checkpoint as vLLM is given it")
+    host: str = Field("127.0.0.1", description="vLLM's key does not guard its control plane: keep it on loopback")
+    port: int = Field(8001, ge=0, le=65535, description="0 picks a free one")
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="dtype of the body and its cache")
+    head: Literal["float32", "bfloat16"] = Field("float32", description="dtype the head is multiplied in")
+    logprobs_mode: Literal["processed_logprobs", "raw_logprobs"] = Field(
+        "processed_logprobs", description="processed: of the distribution that tokens were drawn from"
+    )
+    prefix_caching: bool = Field(False, description="reuse cached beginnings of prompts")
+    async_scheduling: bool = Field(False, description="schedule a step before the last one has ended")
+    untie: bool = Field(True, description="write a tied head out: on CPU vLLM does not update it otherwise")
+    slots: int = Field(64, ge=1, le=4096, description="sequences that run at once; others wait outside the engine")
+    max_length: int = Field(2048, ge=16, description="prompt and completion together")
+    cache_gib: int = Field(1, ge=1, description="memory for keys and values on CPU, GiB")
+    reserved_cores: int = Field(0, ge=0, description="cores that the CPU build leaves alone")
+    start_timeout_s: float = Field(600.0, gt=0, le=3600, description="until it is warm; a start takes 20 to 120 s here")
+    flags: tuple[str, ...] = Field((), description="further flags for vLLM, as they are")
+
+
 class Config(_Section):
     """A whole configuration file."""
 
     check: CheckConfig = CheckConfig()
     serve: ServeConfig = ServeConfig()
+    vllm: VllmConfig = VllmConfig()
     sampling: SamplingConfig = SamplingConfig()
     engine: EngineConfig = EngineConfig()
 

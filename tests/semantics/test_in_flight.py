@@ -41,12 +41,13 @@ GROUPS = {
 def run_with_updates(engine, store, versions, requests, *, clear):
     """All rollouts of the requests, with the updates spread evenly over the tokens they make."""
     total = sum(r.n * r.sampling.max_tokens for r in requests)
+    made_before = engine.status().generated_tokens
     box = []
     work = threading.Thread(target=lambda: box.append(engine.generate(requests, timeout_s=500)))
     work.start()
     receipts = []
     for index, version in enumerate(versions):
-        while engine.status().generated_tokens < total * (index + 1) / (len(versions) + 2):
+        while engine.status().generated_tokens - made_before < total * (index + 1) / (len(versions) + 2):
             assert work.is_alive(), "everything was generated before the last update"
             time.sleep(0.001)
         receipts.append(engine.update_weights(store.folder(version), clear_cache=clear))

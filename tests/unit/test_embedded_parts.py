@@ -7,7 +7,6 @@ from tests.engine_kit import request
 from trueup.config import ServeConfig
 from trueup.engines.base import EngineCapabilities, RolloutFailure, require, require_sampling
 from trueup.engines.embedded.cache import PrefixStore
-from trueup.engines.embedded.loop import kv_state
 from trueup.engines.embedded.scheduler import Group, Scheduler, Sequence
 from trueup.engines.embedded.serve import options_of, read_or_make_token
 from trueup.engines.embedded.wire import (
@@ -17,6 +16,7 @@ from trueup.engines.embedded.wire import (
     rollout_from_json,
     rollout_to_json,
 )  # fmt: skip
+from trueup.engines.lives import kv_state
 from trueup.engines.vllm_install import environment_folder, find_environment
 from trueup.errors import ConfigError, EngineError, ModelError, RecordError, UnsupportedByEngine
 from trueup.model.tiny import make_tiny

@@ -11,7 +11,7 @@ import contextlib
 import ipaddress
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import CancelledError
 from typing import Any
 from urllib.parse import urlsplit
@@ -65,6 +65,23 @@ class HttpClient:
         """Send JSON and return the answer's. Raises EngineError."""
         return self._json("POST", path, body, timeout_s)
 
+    def text(self, path: str, *, timeout_s: float = QUICK_TIMEOUT_S) -> str:
+        """Return the answer as it is. Raises EngineError."""
+        status, raw = self._wait(self._exchange("GET", path, None, timeout_s), path, timeout_s)
+        if status >= 400:
+            raise EngineError(f"{self.url}{path}: {status}")
+        return raw.decode("utf-8", errors="replace")
+
+    def stream(self, path: str, body: Mapping[str, Any], on_line: Callable[[str], None], *, timeout_s: float) -> None:
+        """Send JSON and hand each line of the answer to `on_line` as it comes, in the thread of the client's loop.
+
+        Returns when the answer has ended. Raises EngineError.
+        """
+        status, raw = self._wait(self._lines(path, body, on_line, timeout_s), path, timeout_s)
+        if status >= 400:
+            kind, message = _error(_json_or_text(raw))
+            raise kind(f"{self.url}{path}: {status}: {message}")
+
     def close(self) -> None:
         """Close the connections; calls under way fail."""
         if self._loop.is_closed():
@@ -97,28 +114,54 @@ class HttpClient:
                         raise EngineError(f"{self.url}{path} answered more than {self.max_bytes:,} bytes")
                 return answer.status_code, bytes(content)
 
-    def _json(self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float) -> Any:
+    async def _lines(
+        self, path: str, body: Mapping[str, Any], on_line: Callable[[str], None], timeout_s: float
+    ) -> tuple[int, bytes]:
+        """Status of an answer, and its content if that is an error; `on_line` got the rest."""
+        async with asyncio.timeout(timeout_s):
+            timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
+            async with self._client.stream("POST", path, json=body, timeout=timeout) as answer:
+                if answer.status_code >= 400:
+                    return answer.status_code, (await answer.aread())[: self.max_bytes]
+                async for line in answer.aiter_lines():
+                    on_line(line)
+                return answer.status_code, b""
+
+    def _wait(self, exchange: Coroutine[Any, Any, tuple[int, bytes]], path: str, timeout_s: float) -> tuple[int, bytes]:
+        """Run an exchange in the client's loop. Raises EngineError when it fails or its time is over."""
         if self._loop.is_closed():
+            exchange.close()
             raise EngineError(f"the connection to {self.url} was closed")
-        work = asyncio.run_coroutine_threadsafe(self._exchange(method, path, body, timeout_s), self._loop)
+        work = asyncio.run_coroutine_threadsafe(exchange, self._loop)
         try:
-            status, raw = work.result(max(timeout_s, 0.0) + GRACE_S)
-            content = json.loads(raw) if raw else {}
+            return work.result(max(timeout_s, 0.0) + GRACE_S)
         except (TimeoutError, httpx.TimeoutException):
             raise EngineError(f"{self.url}{path} {TOOK_TOO_LONG} ({max(timeout_s, 0.0):g} s)") from None
         except CancelledError:
             raise EngineError(f"the connection to {self.url} was closed") from None
         except httpx.HTTPError as error:
             raise EngineError(f"{self.url}{path} cannot be reached: {str(error) or type(error).__name__}") from None
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            raise EngineError(f"{self.url}{path} answered {status} without JSON") from None
         except KeyboardInterrupt:
             work.cancel()
             raise
+
+    def _json(self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float) -> Any:
+        status, raw = self._wait(self._exchange(method, path, body, timeout_s), path, timeout_s)
+        try:
+            content = json.loads(raw) if raw else {}
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise EngineError(f"{self.url}{path} answered {status} without JSON") from None
         if status >= 400:
             kind, message = _error(content)
             raise kind(f"{self.url}{path}: {status}: {message}")
         return content
+
+
+def _json_or_text(raw: bytes) -> Any:
+    try:
+        return json.loads(raw)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return raw.decode("utf-8", errors="replace")
 
 
 def is_loopback(url: str) -> bool:

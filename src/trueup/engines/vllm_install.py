@@ -14,16 +14,20 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from trueup import __version__
+from trueup.engines import vllm_plugin
 from trueup.errors import EngineError, nearest
 
 VERSIONS = ("0.32.0", "0.18.1")
 PIP_TIMEOUT_S = 1800
 PROBE_TIMEOUT_S = 300
 RECORD = "trueup-vllm.json"
+PLUGIN = "trueup_vllm_plugin"
 TCMALLOC = "libtcmalloc_minimal.so.4"
 TCMALLOC_PACKAGE = "libtcmalloc-minimal4"
 NOT_FOR_CPU = ("torch", "torchaudio", "torchvision", "torchcodec")
@@ -91,6 +95,34 @@ def launch_prefix(environment: VllmEnvironment) -> list[str]:
     """Return the command that starts a program with the environment's libraries preloaded and its folder first."""
     prefix = ["env", f"LD_PRELOAD={':'.join(environment.preload)}"] if environment.preload else []
     return [*prefix, environment.python]
+
+
+def ensure_plugin(environment: VllmEnvironment) -> None:
+    """Install trueup's fp32-head plugin (vllm_plugin.py) into an environment unless exactly it is there."""
+    source = Path(vllm_plugin.__file__)
+    installed = sorted((Path(environment.python).parents[1] / "lib").glob(f"python3*/site-packages/{PLUGIN}.py"))
+    if installed and installed[0].read_bytes() == source.read_bytes():
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        wheel = _plugin_wheel(source, Path(temporary))
+        _pip(Path(environment.python), "install", "--no-deps", "--no-index", "--force-reinstall", str(wheel))
+
+
+def _plugin_wheel(source: Path, folder: Path) -> Path:
+    """A wheel of one module whose entry point vLLM calls in each of its processes."""
+    info = f"{PLUGIN}-{__version__}.dist-info"
+    files = {
+        f"{PLUGIN}.py": source.read_text(encoding="utf-8"),
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {PLUGIN.replace('_', '-')}\nVersion: {__version__}\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: trueup\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/entry_points.txt": f"[vllm.general_plugins]\n{vllm_plugin.SWITCH} = {PLUGIN}:register\n",
+    }
+    files[f"{info}/RECORD"] = "".join(f"{name},,\n" for name in [*files, f"{info}/RECORD"])
+    wheel = folder / f"{PLUGIN}-{__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return wheel
 
 
 def _run(command: Sequence[str], what: str, timeout_s: float = PIP_TIMEOUT_S) -> str:

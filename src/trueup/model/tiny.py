@@ -21,7 +21,7 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'][0] }}:{{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}a:{% endif %}"
 )
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 1024, "initializer_range": 0.2,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -39,9 +39,17 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
 
 
 def make_tiny(
-    folder: Path, *, family: str = "llama", seed: int = 0, tied: bool = False, dtype: torch.dtype = torch.float32
+    folder: Path,
+    *,
+    family: str = "llama",
+    seed: int = 0,
+    tied: bool = False,
+    dtype: torch.dtype = torch.float32,
+    head_dim: int = SHAPE["head_dim"],
 ) -> Path:
     """Write a random policy of a model family with its tokenizer into a new or empty folder and return the folder.
+
+    vLLM on CPU needs a `head_dim` of at least 32.
 
     Raises ModelError for a family that is not in FAMILIES or a folder that holds something.
     """
@@ -52,7 +60,7 @@ def make_tiny(
     import transformers
 
     name, extra = FAMILIES[family]
-    config: Any = getattr(transformers, name)(**SHAPE, **extra, tie_word_embeddings=tied)
+    config: Any = getattr(transformers, name)(**SHAPE | extra | {"head_dim": head_dim}, tie_word_embeddings=tied)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: Any = transformers.AutoModelForCausalLM.from_config(config)

@@ -107,7 +107,7 @@ class LiveCheck:
         self._cache(prompts, floor, reports)
         self._own_trainer(ground, floor)
         self.ask.require_alive()
-        self._updates(prompts, floor)
+        self._updates(prompts, floor, fits=bool(reports) and reports[0].verdict == "agree")
         self.progress("done", 1.0)
         report = self._report(reports, groups, started)
         if self.check.against and against is None:
@@ -250,13 +250,14 @@ class LiveCheck:
         self.probes += probes
         self.causes += causes
 
-    def _updates(self, prompts: Prompts, floor: float) -> None:
+    def _updates(self, prompts: Prompts, floor: float, *, fits: bool) -> None:
         why = "needs an update of the weights (--allow-updates)"
         self.missing |= dict.fromkeys(("W1", "W2", "W3", "W15"), f"{why}, or --checkpoints DIR...")
         self.missing["W4"] = why
         if not self.check.allow_updates:
             return
-        probe = UpdateProbe(self.bench, self.clients[0], prompts, floor=floor, limit_rms=verdicts.SELF_LIMIT * floor)
+        limit = verdicts.SELF_LIMIT * floor
+        probe = UpdateProbe(self.bench, self.clients[0], prompts, floor=floor, limit_rms=limit, fits=fits)
         outcome_ = probe.run(self.progress)
         self.probes += outcome_.probes
         self.causes += [c for c in outcome_.causes if c.id not in {k.id for k in self.causes}]

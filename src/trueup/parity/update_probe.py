@@ -19,12 +19,14 @@ from torch import Tensor
 
 from trueup.config import CheckConfig
 from trueup.engines.probe_http import Answer, ProbeClient
+from trueup.engines.vllm_checkpoint import read_checkpoint
 from trueup.errors import EngineError, WeightError
 from trueup.parity.grouping import group
 from trueup.parity.probes import Probed, asks_of, cached_against_fresh, outcome, paired, scored
 from trueup.parity.progress import uninterrupted
 from trueup.parity.prompts import Prompts
 from trueup.parity.report import Cause
+from trueup.parity.update_target import TrueupTarget, UpdateTarget, VllmTarget, refused
 from trueup.parity.verdicts import COLD_CACHE, SAMPLING_ONLY
 from trueup.parity.workbench import Workbench
 from trueup.trace import Trace, TraceRow
@@ -35,7 +37,6 @@ CANARY_PROMPTS = 8
 CANARY_TOKENS = 24
 NOISE = 0.05
 """Of a tensor's own spread: visible in every group, far from breaking the model."""
-UPDATE_TIMEOUT_S = 120.0
 PROBE_VERSIONS = 900_000_000
 """Numbers from here to twice this are the probe's: a number once served names one set of weights for good."""
 RESTORE_TRIES, RESTORE_PAUSE_S = 4, 1.0
@@ -65,10 +66,11 @@ class UpdateProbe:
     """One round of updates on one engine."""
 
     def __init__(
-        self, bench: Workbench, client: ProbeClient, prompts: Prompts, *, floor: float, limit_rms: float
+        self, bench: Workbench, client: ProbeClient, prompts: Prompts, *, floor: float, limit_rms: float, fits: bool
     ) -> None:
+        """`fits`: the engine's scores are the trainer's within the floor."""
         self.bench, self.client, self.prompts = bench, client, prompts
-        self.floor, self.limit_rms = floor, limit_rms
+        self.floor, self.limit_rms, self.fits = floor, limit_rms, fits
         self.found = UpdateOutcome()
         self.published: list[int] = []
         self.applied = False
@@ -78,12 +80,9 @@ class UpdateProbe:
 
         Raises EngineError when it was interrupted, after putting them back.
         """
-        if (why := self._refused()) is not None:
+        if (why := refused(self.client, digest=self.bench.manifest_digest(), fits=self.fits)) is not None:
             self.found.missing |= dict.fromkeys(NEEDS, why)
             return self.found
-        folder = self.client.facts.weights_folder
-        assert folder is not None
-        self.store = WeightStore(Path(folder) / f".trueup-check-{time.time_ns()}")
         self.served = self.client.facts.version or 0
         model = self.bench.scorer.model(self.bench.scorer.engine.body)
         self.original = {n: t.detach().clone() for n, t in model.stored_tensors().items()}
@@ -101,25 +100,28 @@ class UpdateProbe:
             self.found.missing |= dict.fromkeys(NEEDS, why)
             return self.found
         control = self._cached("before", warm=True)
+        self.target = self._target()
+        self.store = WeightStore(self.target.place)
         interrupted = False
         try:
             progress("updating with the same weights", 0.75)
             version = self._publish(self.served, self.original)
-            self._require_unchanged()
-            self._update(version)
+            self.target.require_unchanged()
+            self._update(self.store.folder(version))
             again = scored(self.client, rows, together=True)
             words = "scores before and after the same weights"
             same = outcome("no-op update", paired(before, again), self.limit_rms, words)
             self.found.probes.append(same)
             progress("updating with other weights", 0.8)
-            self._update(self._publish(PROBE_VERSIONS + time.time_ns() % PROBE_VERSIONS, _perturbed(self.original)))
+            number = PROBE_VERSIONS + time.time_ns() % PROBE_VERSIONS
+            self._update(self.store.folder(self._publish(number, _perturbed(self.original))))
             if not self._named_after_no_op(same):
                 self._judge_perturbed(rows, self.published[-1])
             self._stale_cache(control)
         except KeyboardInterrupt:
             interrupted = True
         except OSError as error:
-            raise EngineError(f"weights could not be written to {folder}: {error}") from None
+            raise EngineError(f"weights could not be written to {self.store.root}: {error}") from None
         finally:
             with uninterrupted():
                 progress("restoring the weights", 0.95)
@@ -131,23 +133,11 @@ class UpdateProbe:
             self._cache_cleared(control)
         return self.found
 
-    def _refused(self) -> str | None:
-        facts = self.client.facts
-        if facts.kind != "trueup":
-            return "this version of trueup updates servers of its own kind only"
-        if not facts.on_this_machine:
-            return "the server is not on this machine: a folder that it names means nothing here"
-        if not facts.weights_folder or not Path(facts.weights_folder).is_dir():
-            return "the server takes no weights from a folder on this machine (trueup serve --weights FOLDER)"
-        if facts.digest != self.bench.manifest_digest():
-            return "the server's weights are not the trainer's: they could not be put back"
-        return None
-
-    def _require_unchanged(self) -> None:
-        """Raise EngineError when somebody else updated the engine since it was first asked."""
-        status = self.client.http.get("/control/status", timeout_s=self.client.timeout_s)
-        if (status.get("version"), status.get("model_digest")) != (self.served, self.client.facts.digest):
-            raise EngineError("somebody else updated the engine's weights during the check; nothing was changed")
+    def _target(self) -> UpdateTarget:
+        assert self.bench.check.model is not None
+        if self.client.facts.kind == "vllm":
+            return VllmTarget(self.client, read_checkpoint(self.bench.check.model))
+        return TrueupTarget(self.client)
 
     def _canary_rows(self) -> list[TraceRow]:
         asks = asks_of(self.prompts.ordinary[:CANARY_PROMPTS], {"temperature": 1.0}, max_tokens=CANARY_TOKENS)
@@ -166,11 +156,10 @@ class UpdateProbe:
         self.published.append(version)
         return version
 
-    def _update(self, version: int, *, clear_cache: bool = False) -> None:
+    def _update(self, folder: Path, *, clear_cache: bool = False) -> None:
         """Have the engine load a published version. Raises EngineError."""
-        body = {"path": str(self.store.folder(version)), "clear_cache": clear_cache}
         try:
-            self.client.http.post("/control/update_weights", body, timeout_s=UPDATE_TIMEOUT_S)
+            self.target.load(folder, clear_cache=clear_cache)
         except WeightError as error:  # the server's own word that it went on with the old weights
             raise EngineError(f"the engine refused an update: {error}") from None
         except (EngineError, KeyboardInterrupt):
@@ -265,10 +254,11 @@ class UpdateProbe:
             shutil.rmtree(self.store.root, ignore_errors=True)
             return "the engine's weights were not touched"
         why = ""
-        for _ in range(RESTORE_TRIES):
+        originals = self.target.originals(self.store.folder(self.published[0]))
+        for attempt in range(RESTORE_TRIES):
             self.client.try_again()
             try:
-                self._update(self.published[0], clear_cache=True)
+                self._update(originals[attempt % len(originals)], clear_cache=True)
                 gap = paired(before, scored(self.client, rows, together=True))
             except Exception as error:  # noqa: BLE001  (whatever failed, the weights must go back: try again)
                 why = str(error)

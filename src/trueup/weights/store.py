@@ -25,6 +25,7 @@ from trueup.weights.snapshot import (
     WEIGHTS_FILE,
     Manifest,
     WeightSnapshot,
+    check_fits_model,
     manifest_of,
     tensor_digest,
 )
@@ -67,6 +68,30 @@ def _read_manifest(path: Path, allowed: Path | None) -> tuple[Path, Manifest, st
         raise WeightError(f"{manifest_file} is larger than {MAX_MANIFEST_BYTES} bytes")
     manifest = Manifest.from_json(manifest_file.read_text(encoding="utf-8"))
     return folder, manifest, (folder / COMPLETE_FILE).read_text(encoding="utf-8").strip()
+
+
+def open_update(
+    path: Path,
+    *,
+    allowed: Path | None,
+    served: Mapping[int, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+) -> WeightSnapshot:
+    """Read the manifest of a version that an engine is to load; no tensor is loaded.
+
+    `served` maps the numbers it served before to their digests; `shapes` and `dtype` are its model's. Raises
+    WeightError as `open_snapshot` does, for a number that meant other weights, and for tensors of another model.
+    """
+    snapshot = open_snapshot(path, allowed=allowed)
+    digest = snapshot.manifest.digest
+    if served.get(snapshot.version, digest) != digest:
+        raise WeightError(
+            f"version {snapshot.version} was served before with other weights: a stamp must name one set of "
+            "weights; publish under a new number"
+        )
+    check_fits_model(snapshot.manifest, shapes, dtype)
+    return snapshot
 
 
 def load_tensors(snapshot: WeightSnapshot) -> dict[str, Tensor]:

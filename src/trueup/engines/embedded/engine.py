@@ -34,14 +34,14 @@ from trueup.engines.embedded.scheduler import Group
 from trueup.engines.embedded.scheduler import Sequence as EngineSequence
 from trueup.engines.embedded.tokens import Tokens
 from trueup.engines.embedded.worker import Worker, promise, wait
-from trueup.errors import EngineError, WeightError
+from trueup.errors import EngineError
 from trueup.model.bitwise import arithmetic
 from trueup.model.load import load_model
 from trueup.model.packed import open_policy
 from trueup.model.scoring import ScoredRow
 from trueup.policy.draw import sample_seed
-from trueup.weights.snapshot import WeightSnapshot, check_fits_model, dtype_name, manifest_of
-from trueup.weights.store import load_tensors, open_snapshot
+from trueup.weights.snapshot import WeightSnapshot, dtype_name, manifest_of
+from trueup.weights.store import load_tensors, open_update
 
 
 class EmbeddedEngine:
@@ -213,16 +213,11 @@ class EmbeddedEngine:
     def _prepare(self, path: Path, prepared: Future[tuple[WeightSnapshot, Shadow]]) -> None:
         """Read a version, verify it and make it ready, while the engine goes on stepping."""
         try:
-            snapshot = open_snapshot(path, allowed=self.options.weights_root)
-            digest = snapshot.manifest.digest
-            if self._digests.get(snapshot.version, digest) != digest:
-                raise WeightError(
-                    f"version {snapshot.version} was served before with other weights: a stamp must name one set of "
-                    "weights; publish under a new number"
-                )
             model = self._runner.model
-            expected = {n: tuple(t.shape) for n, t in model.stored_tensors().items()}
-            check_fits_model(snapshot.manifest, expected, model.dtype)
+            snapshot = open_update(
+                path, allowed=self.options.weights_root, served=self._digests,
+                shapes={n: tuple(t.shape) for n, t in model.stored_tensors().items()}, dtype=model.dtype,
+            )  # fmt: skip
             prepared.set_result((snapshot, self._runner.shadow(load_tensors(snapshot))))
         except BaseException as error:  # noqa: BLE001  (handed to the thread that waits for it)
             prepared.set_exception(error)

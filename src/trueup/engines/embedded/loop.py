@@ -18,11 +18,12 @@ from trueup.engines.embedded.runner import PolicyRunner, Shadow
 from trueup.engines.embedded.sampler import sample
 from trueup.engines.embedded.scheduler import Group, Scheduler, Sequence, Work
 from trueup.engines.embedded.tokens import Tokens
+from trueup.engines.lives import kv_state
 from trueup.errors import EngineError, NumericsError, RecordError
 from trueup.model.scoring import ScoredRow
 from trueup.policy.logprobs import token_scores_under
 from trueup.policy.processing import Distribution
-from trueup.types import CacheLife, KVState, LogprobKind, Rollout
+from trueup.types import LogprobKind, Rollout
 
 CLEAN_ENDS = ("stop", "length", "scored")
 
@@ -298,12 +299,3 @@ def rollout_of(group: Group, sequence: Sequence) -> Result:
         kv=kv_state(sequence.versions, lives),
         cache_lives=lives,
     )
-
-
-def kv_state(versions: list[int], lives: tuple[CacheLife, ...]) -> KVState:
-    """KEPT if some token attended to state from other weights than its own; then only a replay reproduces it."""
-    ends = [life.first_token for life in lives[1:]] + [len(versions)]
-    for life, end in zip(lives, ends, strict=True):
-        if len({v for v, _ in life.runs} | set(versions[life.first_token : end])) > 1:
-            return KVState.KEPT
-    return KVState.CLEARED
