@@ -10,11 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from tests.conftest import ROOT
 
 from trueup.config import VllmConfig
 from trueup.engines import vllm_install, vllm_plugin
 from trueup.engines.admission import Aborted, Admission
 from trueup.engines.lives import PassedUpdate, kv_state, lives_of
+from trueup.engines.matrix import capability_table
 from trueup.engines.vllm_checkpoint import HEAD, read_checkpoint, serve_folder
 from trueup.engines.vllm_completion import versions_of_spans
 from trueup.engines.vllm_facts import minor, read_facts
@@ -239,3 +241,7 @@ def test_the_plugins_wheel_holds_the_file_that_stands_here(tmp_path):
         assert b"[vllm.general_plugins]" in archive.read(entry)
         record = archive.read(next(n for n in names if n.endswith("RECORD"))).decode()
     assert all(name in record for name in names)
+
+
+def test_the_documented_capabilities_are_the_declared_ones():
+    assert capability_table() in (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
