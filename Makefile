@@ -30,11 +30,13 @@ test: setup
 test-slow: setup
 	$(PYTEST_TWICE) -m "slow and not vllm" $(ARGS)
 
-# vLLM in an environment of its own (minutes, 4 to 7 GB), then real servers on this machine, one at a time.
+# vLLM in an environment of its own (minutes, 4 to 7 GB), then real servers on this machine, one at a time. Updates
+# are tried while vLLM steps, so one thread is ours; the check searches for causes while it idles, and takes all cores.
 VLLM ?= 0.32.0
 test-vllm: setup
 	$(BIN)/trueup vllm install --version $(VLLM)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm --vllm-version $(VLLM) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm --vllm-version $(VLLM) $(ARGS) tests/contract tests/vllm/test_vllm_updates.py
+	$(BIN)/python -m pytest -m vllm --vllm-version $(VLLM) $(ARGS) tests/vllm/test_vllm_check.py
 
 bench: setup
 	$(BIN)/python benchmarks/head.py

@@ -1,7 +1,5 @@
 """`trueup check` against real vLLM servers that are really misconfigured: nothing of the checker's input is edited."""
 
-import os
-
 import httpx
 import pytest
 import torch
@@ -12,15 +10,6 @@ from trueup.config import CheckConfig
 from trueup.parity.live import check_engine
 
 pytestmark = [pytest.mark.vllm, pytest.mark.smollm2]
-
-
-@pytest.fixture(autouse=True)
-def all_cores():
-    """The search for a cause computes while the engine idles."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    yield
-    torch.set_num_threads(before)
 
 
 PROCESSED = ("--logprobs-mode", "processed_logprobs")

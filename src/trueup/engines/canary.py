@@ -38,6 +38,12 @@ class CanaryVerdict:
     moved: float
     tolerance: float
 
+    def __str__(self) -> str:
+        return (
+            f"its canary is {self.to_new:.3g} nats from these weights and {self.to_old:.3g} from those before, "
+            f"{self.tolerance:.3g} were allowed"
+        )
+
     @property
     def fits(self) -> bool:
         """Whether the engine computes with the new weights, as far as the canary can tell."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from trueup.engines.base import GenerationRequest
 from trueup.engines.vllm_completion import COMPLETERS
 from trueup.errors import EngineError
 from trueup.types import LogprobKind
@@ -32,6 +33,20 @@ class VllmFacts:
     block_tokens: int
     prefix_caching: bool
     whole_prefill: bool
+
+    def blocks(self, tokens: int) -> int:
+        """Tokens of cache that a sequence of `tokens` holds: whole blocks."""
+        return -(-tokens // self.block_tokens) * self.block_tokens
+
+    def require_room(self, request: GenerationRequest, vocab: int) -> None:
+        """Raise EngineError for a request that can never run: too long, or ids outside the vocabulary."""
+        ids, wanted = request.prompt.token_ids, request.sampling.max_tokens or 1
+        if len(ids) + wanted > self.max_length:
+            raise EngineError(
+                f"a prompt of {len(ids)} tokens and {wanted} more exceed the engine's length of {self.max_length}"
+            )
+        if max(ids) >= vocab:
+            raise EngineError(f"token id {max(ids)} is outside the model's vocabulary of {vocab}")
 
 
 def read_facts(get: Callable[..., Any], model: str) -> VllmFacts:

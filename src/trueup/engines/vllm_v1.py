@@ -94,12 +94,13 @@ class VllmEngine(OpenAIEngine):
         self._head_dtype = head_dtype
         self._updating = threading.Lock()
         self._passed: list[PassedUpdate] = []
-        self._digests: dict[int, str] = {
-            0: ""
-        }  # what it was started with has no digest, and its number no other meaning
+        self._digests: dict[int, str] = {0: ""}  # no digest is known, and 0 names nothing else
+        self._refuted: set[int] = set()
+        self._trusted = threading.Event()
+        self._trusted.set()
         self._good: Path | None = staging / "start" if restart is not None else None
         self._paused, self._dead = False, ""
-        self._canary_due: tuple[torch.Tensor, Path] | None = None
+        self._canary_due: tuple[torch.Tensor | None, Path] | None = None
         self.restarts = self.retried_requests = 0
         self._completer.set_version(0)
         self._canary: Canary | None = None
@@ -125,7 +126,8 @@ class VllmEngine(OpenAIEngine):
         """See Engine.generate; completions of a request run side by side, each a request of its own."""
         self._check_alive()
         for request in requests:
-            self._check(request)
+            require_sampling(self.capabilities, request.sampling, self.name)
+            self.facts.require_room(request, self.checkpoint.vocab_size)
         deadline, aborts = time.monotonic() + timeout_s, self._admission.aborts
         singles = [(request, sample) for request in requests for sample in range(request.n)]
         results = iter(
@@ -140,7 +142,7 @@ class VllmEngine(OpenAIEngine):
 
         def one(row: ScoredRow, _: float) -> Scores:
             try:
-                with self._admission.enter(self._blocks(len(row) + 1), aborts=aborts, deadline=deadline):
+                with self._admission.enter(self.facts.blocks(len(row) + 1), aborts=aborts, deadline=deadline):
                     version, passed = self.version, len(self._passed)
                     with self._completer.scoring():
                         scores = self._score_one(row, deadline - time.monotonic())
@@ -168,9 +170,7 @@ class VllmEngine(OpenAIEngine):
         self._check_alive()
         self._post("/resume")
         self._paused = False
-        if self._canary_due is not None:
-            due, self._canary_due = self._canary_due, None
-            self._judge(*due)
+        self._judge()
         self._admission.open()
 
     def reset_prefix_cache(self) -> None:
@@ -215,15 +215,6 @@ class VllmEngine(OpenAIEngine):
             },
         )  # fmt: skip
 
-    def _check(self, request: GenerationRequest) -> None:
-        require_sampling(self.capabilities, request.sampling, self.name)
-        ids, limit = request.prompt.token_ids, self.facts.max_length
-        wanted = request.sampling.max_tokens or 1
-        if len(ids) + wanted > limit:
-            raise EngineError(f"a prompt of {len(ids)} tokens and {wanted} more exceed the engine's length of {limit}")
-        if max(ids) >= self.checkpoint.vocab_size:
-            raise EngineError(f"token id {max(ids)} is outside the model's vocabulary of {self.checkpoint.vocab_size}")
-
     def _one(self, request: GenerationRequest, sample: int, *, deadline: float, aborts: int) -> Result:
         sampling = request.sampling
         limit = sampling.max_tokens or self.facts.max_length - len(request.prompt.token_ids)
@@ -232,25 +223,27 @@ class VllmEngine(OpenAIEngine):
         for attempt in range(LIMIT_RETRIES + 1):
             restarts = self.restarts
             try:
-                tokens = self._blocks(len(request.prompt.token_ids) + limit)
+                tokens = self.facts.blocks(len(request.prompt.token_ids) + limit)
                 with self._admission.enter(tokens, aborts=aborts, deadline=deadline):
                     sent, sent_under = len(self._passed), self.version
                     made = self._completer.complete(request, self._sampling(request), deadline - time.monotonic())
-                    passed = self._passed[sent:]
+                self._trusted.wait(max(0.0, deadline - time.monotonic()))
+                passed = self._passed[sent:]
             except Aborted:
                 return RolloutFailure(prompt_id=request.prompt.prompt_id, reason="abort")
             except EngineError:
                 if attempt == LIMIT_RETRIES or not self._comes_back(restarts, deadline):
                     raise
             else:
-                if made.finish_reason != "abort" or self._admission.aborts != aborts:  # else nobody asked for it
+                unasked = made.finish_reason == "abort" and self._admission.aborts == aborts
+                if not unasked and not self._refuted.intersection(made.versions):
                     lives = lives_of(
                         len(request.prompt.token_ids), made.versions, passed, sent_under=sent_under,
                         whole_prefill=self.facts.whole_prefill,
                     )  # fmt: skip
                     return record(request, made, lives, kind=self.kind, engine=self.name)
             self.retried_requests += 1
-        return RolloutFailure(prompt_id=request.prompt.prompt_id, reason=f"aborted {LIMIT_RETRIES + 1} times")
+        return RolloutFailure(prompt_id=request.prompt.prompt_id, reason=f"lost {LIMIT_RETRIES + 1} times")
 
     def _sampling(self, request: GenerationRequest) -> dict[str, Any]:
         body = self._body(request)
@@ -260,10 +253,6 @@ class VllmEngine(OpenAIEngine):
         if self.facts.prefix_caching:
             body["cache_salt"] = " ".join([f"v{self.version}", *salt])
         return body
-
-    def _blocks(self, tokens: int) -> int:
-        """Tokens of cache that a request may come to hold, whole blocks."""
-        return -(-tokens // self.facts.block_tokens) * self.facts.block_tokens
 
     def _update(self, path: Path, clear_cache: bool, deadline: float) -> UpdateReceipt:
         started = time.perf_counter()
@@ -293,6 +282,7 @@ class VllmEngine(OpenAIEngine):
                 self._admission.open()
             raise
         in_flight = self._admission.inside
+        self._trusted.clear()
         try:
             loading = time.perf_counter()
             self._load(folder, snapshot, clear_cache, deadline - time.monotonic())
@@ -303,12 +293,10 @@ class VllmEngine(OpenAIEngine):
         except EngineError as error:
             raise self._die(f"the update to version {snapshot.version} failed inside vLLM: {error}") from None
         verified = ["file_digest"]
-        if expected_T is not None:
-            if was_paused:
-                self._canary_due = (expected_T, folder)
-            elif self._judge(expected_T, folder):
-                verified.append("canary")
+        self._canary_due = (expected_T, folder)
         if not was_paused:
+            if self._judge():
+                verified.append("canary")
             self._admission.open()
         return UpdateReceipt(
             engine=self.name, version=snapshot.version, previous_version=previous, verified_by=tuple(verified),
@@ -335,22 +323,29 @@ class VllmEngine(OpenAIEngine):
         self._digests[snapshot.version] = snapshot.manifest.digest
         self._passed.append(PassedUpdate(version=snapshot.version, cleared=clear_cache))
 
-    def _judge(self, expected_T: torch.Tensor, folder: Path) -> bool:
-        """Score the canary. Returns whether it could tell; raises EngineError, the engine dead, if it does not fit."""
-        assert self._canary is not None
-        try:
-            verdict = self._canary.judge(self._canary_scores(), expected_T)
-        except EngineError as error:
-            raise self._die(f"the canary of version {self.version} could not be scored: {error}") from None
-        if not verdict.fits:
-            raise self._die(
-                f"version {self.version} is not what vLLM computes with: its canary is {verdict.to_new:.3g} nats from "
-                f"these weights and {verdict.to_old:.3g} from those before, {verdict.tolerance:.3g} were allowed"
-            )
+    def _judge(self) -> bool:
+        """Score the canary that is due, if one is. Returns whether it could have told these weights from the old ones.
+
+        Raises EngineError, the engine dead or restarted, if it does not fit.
+        """
+        if self._canary_due is None:
+            return False
+        (expected_T, folder), self._canary_due = self._canary_due, None
+        tells = False
+        if self._canary is not None and expected_T is not None:
+            try:
+                verdict = self._canary.judge(self._canary_scores(), expected_T)
+            except EngineError as error:
+                raise self._die(f"the canary of version {self.version} could not be scored: {error}") from None
+            if not verdict.fits:
+                raise self._die(f"version {self.version} is not what vLLM computes with: {verdict}")
+            tells = verdict.tells
         stale, self._good = self._good, folder
         if stale is not None and stale != folder:
             shutil.rmtree(stale, ignore_errors=True)
-        return verdict.tells
+        self._refuted.discard(self.version)
+        self._trusted.set()
+        return tells
 
     def _canary_scores(self) -> torch.Tensor:
         assert self._canary is not None
@@ -363,6 +358,8 @@ class VllmEngine(OpenAIEngine):
     def _die(self, reason: str) -> EngineError:
         """Mark the engine dead, restart it if that is possible, and return the error to raise."""
         self._dead = f"the engine is dead: {reason}"
+        self._refuted.add(self.version)
+        self._trusted.set()
         if self._restart is None or self._good is None:
             self._admission.kill(self._dead)
             return EngineError(self._dead)
@@ -379,6 +376,7 @@ class VllmEngine(OpenAIEngine):
             self._admission.kill(self._dead)
             return EngineError(self._dead)
         self.version, self._dead, self._paused = good, "", False
+        self._refuted.discard(good)
         self._canary_due = None
         self.restarts += 1
         self._passed.append(PassedUpdate(version=good, cleared=True))
