@@ -45,22 +45,24 @@ def make_tiny(
     seed: int = 0,
     tied: bool = False,
     dtype: torch.dtype = torch.float32,
-    head_dim: int = SHAPE["head_dim"],
+    **shape: int,
 ) -> Path:
     """Write a random policy of a model family with its tokenizer into a new or empty folder and return the folder.
 
-    vLLM on CPU needs a `head_dim` of at least 32.
+    `shape` replaces entries of SHAPE; vLLM on CPU needs a `head_dim` of at least 32.
 
-    Raises ModelError for a family that is not in FAMILIES or a folder that holds something.
+    Raises ModelError for an unknown family or entry of SHAPE, or a folder that holds something.
     """
     if family not in FAMILIES:
         raise ModelError(f"unknown family {family!r}{nearest(family, FAMILIES)}; one of {', '.join(FAMILIES)}")
+    if not shape.keys() <= SHAPE.keys():
+        raise ModelError(f"unknown shape {sorted(shape.keys() - SHAPE.keys())[0]!r}; one of {', '.join(SHAPE)}")
     if folder.exists() and any(folder.iterdir()):
         raise ModelError(f"{folder} is not empty; name a new folder")
     import transformers
 
     name, extra = FAMILIES[family]
-    config: Any = getattr(transformers, name)(**SHAPE | extra | {"head_dim": head_dim}, tie_word_embeddings=tied)
+    config: Any = getattr(transformers, name)(**SHAPE | extra | shape, tie_word_embeddings=tied)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: Any = transformers.AutoModelForCausalLM.from_config(config)
