@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -97,15 +98,20 @@ def check(
         "allow_updates": allow_updates, "token_file": token_file, "max_rows": max_rows, "against": against,
     }  # fmt: skip
     try:
-        base = load_config(config, sets=sets).model_dump()
-        base["check"] |= {k: v for k, v in given.items() if v is not None}
-        code = _run_check(build_config(_without_none(base), where="command line"), json_out, html_out)
+        code = _run_check(_resolve("check", given, config, sets), json_out, html_out)
     except TrueupError as error:
         raise _fail(error) from None
     except Exception as error:  # noqa: BLE001  (1 means mismatch: whatever else happened must not exit with it)
         traceback.print_exc()
         raise _fail(f"an error in trueup itself, nothing was concluded: {error!r}") from None
     raise typer.Exit(code)
+
+
+def _resolve(section: str, given: Mapping[str, object], config: Path | None, sets: list[str]) -> Config:
+    """A file, then `--set`s, then the options that were given for a section. Raises ConfigError."""
+    base = load_config(config, sets=sets).model_dump()
+    base[section] |= {k: v for k, v in given.items() if v is not None}
+    return build_config(_without_none(base), where="command line")
 
 
 def _without_none(values: dict[str, object]) -> dict[str, object]:
@@ -185,9 +191,7 @@ def serve(
         "weights": weights, "token_file": token_file, "allow_faults": allow_faults,
     }  # fmt: skip
     try:
-        base = load_config(config, sets=sets).model_dump()
-        base["serve"] |= {k: v for k, v in given.items() if v is not None}
-        resolved = build_config(_without_none(base), where="command line").serve
+        resolved = _resolve("serve", given, config, sets).serve
         from trueup.engines.embedded.serve import serve as run
 
         run(resolved, announce=typer.echo)
@@ -230,9 +234,7 @@ def vllm_serve(
     """
     given = {"model": model, "version": version, "port": port, "dtype": dtype, "head": head, "run": run}
     try:
-        base = load_config(config, sets=sets).model_dump()
-        base["vllm"] |= {k: v for k, v in given.items() if v is not None}
-        resolved = build_config(_without_none(base), where="command line").vllm
+        resolved = _resolve("vllm", given, config, sets).vllm
         from trueup.engines.vllm_server import serve as run_server
 
         run_server(resolved, announce=typer.echo)

@@ -233,7 +233,8 @@ def test_pause_wait_lets_the_running_end_and_holds_the_rest(bench):
 def test_pause_abort_ends_everything_and_keeps_what_was_made(bench):
     declared(bench, "pause_modes")
     thread, box = in_background(lambda: bench.engine.generate([request(9, seed=i, tokens=900) for i in range(10)]))
-    wait_for(lambda: bench.engine.status().generated_tokens and bench.engine.status().running == SLOTS)
+    # All ten have arrived: one that comes after the abort waits for resume.
+    wait_for(lambda: (now := bench.engine.status()).running == SLOTS and now.waiting == 2 and now.generated_tokens)
     bench.engine.pause(PauseMode.ABORT)
     thread.join(timeout=60)
     results = [r for group in box[0] for r in group]

@@ -42,6 +42,11 @@ class RawCompletion:
 class Completer(Protocol):
     """How a version of vLLM completes a prompt and keeps count of its weights."""
 
+    @property
+    def unaccountable(self) -> bool:
+        """Whether a request was given up, so that tokens cannot be stamped exactly until nothing runs."""
+        ...
+
     def complete(self, request: GenerationRequest, body: Mapping[str, Any], timeout_s: float) -> RawCompletion:
         """Return a completion of a request with n = 1; `body` holds its sampling fields. Raises EngineError."""
         ...
@@ -65,6 +70,8 @@ class Completer(Protocol):
 
 class SpanCompleter:
     """vLLM 0.32: `/inference/v1/generate`, whose answer holds weight-version spans."""
+
+    unaccountable = False
 
     def __init__(self, http: HttpClient, model: str) -> None:
         self._http, self._model = http, model

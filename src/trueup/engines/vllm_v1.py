@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from trueup.engines import vllm_control as control
 from trueup.engines.admission import Aborted, Admission
 from trueup.engines.base import (
     DEFAULT_TIMEOUT_S,
@@ -35,7 +36,7 @@ from trueup.engines.canary import Canary
 from trueup.engines.lives import PassedUpdate, lives_of
 from trueup.engines.openai_http import OpenAIEngine
 from trueup.engines.vllm_checkpoint import read_checkpoint, serve_folder
-from trueup.engines.vllm_completion import COMPLETERS, StreamCompleter, read_metrics, record
+from trueup.engines.vllm_completion import COMPLETERS, read_metrics, record
 from trueup.engines.vllm_facts import minor, read_facts
 from trueup.engines.vllm_server import VllmServer
 from trueup.errors import EngineError
@@ -46,9 +47,6 @@ from trueup.weights.snapshot import WeightSnapshot
 from trueup.weights.store import load_tensors, open_update
 
 NAME = "vllm"
-CONTROL_TIMEOUT_S = 60.0
-PAUSE = "/pause?mode={}&clear_cache=false"
-RESET = "/reset_prefix_cache?reset_running_requests=true"
 LIMIT_RETRIES = 3
 RESERVED_SLOTS = 1
 """Left free of rollouts, so that a canary is scored at once whatever runs."""
@@ -77,8 +75,8 @@ class VllmEngine(OpenAIEngine):
 
         `staging` holds the folders that vLLM reloads from; `weights_root`: updates come from under it only. `untie`:
         the server was given the tied head as a tensor (vllm_checkpoint.py). `restart` starts the server again on such
-        a folder. Raises EngineError when nobody answers, for a version that was never tried, and when the server does
-        not serve this checkpoint.
+        a folder. Raises EngineError when nobody answers and for a version that was never tried. That the server holds
+        this checkpoint is taken for granted, and the canary measured by it (`start_distance`): `trueup check` tests it.
         """
         super().__init__(url, kind=LogprobKind.PROCESSED, model=None, scores=True)
         self.name = NAME
@@ -159,7 +157,7 @@ class VllmEngine(OpenAIEngine):
         if mode == PauseMode.ABORT:
             self._admission.abort()
         try:
-            self._post(PAUSE.format(PauseMode(mode).value), timeout_s=timeout_s)
+            control.pause(self._http, PauseMode(mode), timeout_s=timeout_s)
         except EngineError:
             self._admission.open()
             raise
@@ -168,7 +166,7 @@ class VllmEngine(OpenAIEngine):
     def resume(self) -> None:
         """See Engine.resume; after an update that found the engine paused, its canary is scored now."""
         self._check_alive()
-        self._post("/resume")
+        control.resume(self._http)
         self._paused = False
         self._judge()
         self._admission.open()
@@ -176,7 +174,7 @@ class VllmEngine(OpenAIEngine):
     def reset_prefix_cache(self) -> None:
         """Forget cached prompts, and keys and values of running requests: they are computed again."""
         self._check_alive()
-        self._post(RESET)
+        control.clear_cache(self._http)
 
     def update_weights(self, path: Path, *, clear_cache: bool, timeout_s: float = DEFAULT_TIMEOUT_S) -> UpdateReceipt:
         """See Engine.update_weights. Raises WeightError before vLLM is touched; EngineError when an update failed
@@ -278,7 +276,7 @@ class VllmEngine(OpenAIEngine):
         except EngineError:
             if not was_paused:
                 with suppress(EngineError):
-                    self._post("/resume")
+                    control.resume(self._http)
                 self._admission.open()
             raise
         in_flight = self._admission.inside
@@ -288,7 +286,7 @@ class VllmEngine(OpenAIEngine):
             self._load(folder, snapshot, clear_cache, deadline - time.monotonic())
             load_s = read_s + time.perf_counter() - loading
             if not was_paused:
-                self._post("/resume")
+                control.resume(self._http)
             paused_s = time.perf_counter() - paused
         except EngineError as error:
             raise self._die(f"the update to version {snapshot.version} failed inside vLLM: {error}") from None
@@ -305,20 +303,19 @@ class VllmEngine(OpenAIEngine):
 
     def _stand_still(self, was_paused: bool, deadline: float) -> None:
         completer = self._completer
-        if isinstance(completer, StreamCompleter) and completer.unaccountable:
+        if completer.unaccountable:
             if was_paused or not self._admission.wait_empty(deadline):
                 raise EngineError("a request was given up while others ran; they must end before an update")
             completer.restarted()
         if not was_paused:
-            self._post(PAUSE.format("keep"), timeout_s=min(CONTROL_TIMEOUT_S, deadline - time.monotonic()))
-        completer.settle(min(CONTROL_TIMEOUT_S, deadline - time.monotonic()))
+            control.pause(self._http, PauseMode.KEEP, timeout_s=min(control.TIMEOUT_S, deadline - time.monotonic()))
+        completer.settle(min(control.TIMEOUT_S, deadline - time.monotonic()))
 
     def _load(self, folder: Path, snapshot: WeightSnapshot, clear_cache: bool, timeout_s: float) -> None:
-        rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-        self._post("/collective_rpc", rpc, timeout_s=timeout_s)
+        control.reload(self._http, folder, timeout_s=timeout_s)
         self._completer.set_version(snapshot.version)
         if clear_cache:
-            self._post(RESET)
+            control.clear_cache(self._http)
         self.version = snapshot.version
         self._digests[snapshot.version] = snapshot.manifest.digest
         self._passed.append(PassedUpdate(version=snapshot.version, cleared=clear_cache))
@@ -352,7 +349,7 @@ class VllmEngine(OpenAIEngine):
         values: list[float] = []
         for row in self._canary.rows:
             with self._completer.scoring():
-                values += self._score_one(row, CONTROL_TIMEOUT_S).logprobs
+                values += self._score_one(row, control.TIMEOUT_S).logprobs
         return torch.tensor(values, dtype=torch.float64)
 
     def _die(self, reason: str) -> EngineError:
@@ -388,9 +385,6 @@ class VllmEngine(OpenAIEngine):
         while self._dead and self._restart is not None and time.monotonic() < deadline:
             time.sleep(0.05)
         return self.restarts > restarts and not self._dead
-
-    def _post(self, path: str, body: Mapping[str, Any] | None = None, *, timeout_s: float = CONTROL_TIMEOUT_S) -> None:
-        self._http.post(path, body or {}, timeout_s=timeout_s)
 
     def _check_alive(self) -> None:
         if self._dead:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from trueup.engines import vllm_control as control
+from trueup.engines.base import PauseMode
 from trueup.engines.probe_http import ProbeClient
 from trueup.engines.vllm_checkpoint import Checkpoint, read_checkpoint, serve_folder
 from trueup.errors import EngineError, ModelError, WeightError
@@ -76,7 +78,7 @@ class VllmTarget:
     """vLLM with its development endpoints open: pause, reload, resume; its label of the version is left alone."""
 
     def __init__(self, client: ProbeClient, model: Checkpoint) -> None:
-        self._client, self._model = client, model
+        self._http, self._model = client.http, model
         assert client.facts.root is not None
         self._root = Path(client.facts.root)
         self._untie = model.tied and not read_checkpoint(self._root).tied
@@ -104,22 +106,19 @@ class VllmTarget:
             self._staged += 1
             folder = serve_folder(self._model, folder, self.place / f"staged{self._staged}", untie=self._untie)
         try:
-            self._post("/pause?mode=keep&clear_cache=false")
+            control.pause(self._http, PauseMode.KEEP, timeout_s=TIMEOUT_S)
         except EngineError as error:
             raise WeightError(str(error)) from None
         try:
-            self._post("/collective_rpc", method="reload_weights", kwargs={"weights_path": str(folder)})
+            control.reload(self._http, folder, timeout_s=TIMEOUT_S)
             if clear_cache:
-                self._post("/reset_prefix_cache?reset_running_requests=true")
+                control.clear_cache(self._http, timeout_s=TIMEOUT_S)
         finally:
-            self._post("/resume")
+            control.resume(self._http, timeout_s=TIMEOUT_S)
 
     def originals(self, published: Path) -> Sequence[Path]:
         """See UpdateTarget; first the folder that the server was started with, which stays when ours is gone."""
         return (self._root, published)
-
-    def _post(self, path: str, **body: object) -> None:
-        self._client.http.post(path, body, timeout_s=TIMEOUT_S)
 
 
 def refused(client: ProbeClient, *, digest: str, fits: bool) -> str | None:
