@@ -1,17 +1,18 @@
 """What probes mean: pure functions on gaps and reports, each case one that was once got wrong."""
 
+import itertools
 import math
 from dataclasses import replace
 
 import pytest
 
 from trueup.engines.http import HttpClient, is_loopback
-from trueup.engines.probe_http import Answer, read_token
+from trueup.engines.probe_http import Answer, Ask, read_token
 from trueup.errors import EngineError
 from trueup.model.tiny import make_tiny
 from trueup.parity import verdicts
 from trueup.parity.context import Contexts
-from trueup.parity.probes import Gap, Probed, paired
+from trueup.parity.probes import Gap, Probed, drawn_apart, paired
 from trueup.parity.report import Cause, SettingReport
 
 
@@ -40,19 +41,40 @@ def ids(causes):
 
 
 def test_hidden_defaults_show_in_numbers_or_in_what_is_drawn():
-    quiet = probe("repeat", 0.0)
-    assert ids(verdicts.hidden_defaults([quiet, probe("defaults", 0.5)], [], [])) == ["S5"]
-    assert ids(verdicts.hidden_defaults([quiet, probe("defaults", 0.0, parted=2)], [], [])) == ["S5"], "raw logprobs"
-    assert verdicts.hidden_defaults([quiet, probe("defaults", 0.0)], [], []) == []
+    quiet, drawn = probe("repeat", 0.0), probe("defaults", 0.0, parted=2)
+    assert ids(verdicts.hidden_defaults([quiet, probe("defaults", 0.5)], [], [], drawn_apart=0)) == ["S5"]
+    assert ids(verdicts.hidden_defaults([quiet, drawn], [], [], drawn_apart=1)) == ["S5"], "raw logprobs"
+    assert verdicts.hidden_defaults([quiet, drawn], [], [], drawn_apart=0) == [], "a draw that rounding decided"
+
+
+class Drawing:
+    """Stands for an engine that draws what it is scripted to, or one of two tokens by turns that rounding decides."""
+
+    def __init__(self, omitted, explicit):
+        self.turns = {"omitted": itertools.cycle(omitted), "explicit": itertools.cycle(explicit)}
+
+    def generate(self, asks, *, together):
+        assert len(asks) == 1 and not together and asks[0].max_tokens == 2, "alone, and no further than they parted"
+        return [Answer(ids=(1, next(self.turns[asks[0].sampling["side"]])))]
+
+
+@pytest.mark.parametrize(
+    ("omitted", "explicit", "apart"),
+    [([2], [3], 1), ([2], [2], 0), ([2, 3], [3], 0), ([2], [3, 3, 3, 3, 3, 2], 0), (range(100), range(200, 300), 0)],
+)
+def test_a_pair_that_parted_counts_only_if_it_does_so_every_time_each_side_alike(omitted, explicit, apart):
+    pair = tuple(
+        Ask(prompt=(1,), sampling={"side": side}, seed=0, max_tokens=9) for side in ("omitted", "explicit")
+    )  # fmt: skip
+    answers = [Answer(ids=(1, 2, 5)), Answer(ids=(1, 2, 5))], [Answer(ids=(1, 3, 5)), Answer(ids=(1, 2, 5))]
+    assert drawn_apart(Drawing(omitted, explicit), [pair, pair], answers) == apart
 
 
 def test_noise_and_lost_numbers_are_no_hidden_defaults():
     noisy = [probe("repeat", 0.3), probe("defaults", 0.4)]
-    assert verdicts.hidden_defaults(noisy, [], []) == []
-    drawn = [probe("repeat", 0.0, parted=1), probe("defaults", 0.0, parted=2)]
-    assert verdicts.hidden_defaults(drawn, [], []) == [], "an engine that ignores seeds draws anew each time"
+    assert verdicts.hidden_defaults(noisy, [], [], drawn_apart=0) == []
     lost = report("temperature=1", cause("S9"))
-    assert verdicts.hidden_defaults([probe("repeat", 0.0), probe("defaults", 0.5)], [lost], []) == []
+    assert verdicts.hidden_defaults([probe("repeat", 0.0), probe("defaults", 0.5)], [lost], [], drawn_apart=1) == []
 
 
 def test_nondeterminism_beside_stale_weights_stays_named():

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from trueup.config import CheckConfig
-from trueup.engines.probe_http import Answer, EngineFacts, ProbeClient
+from trueup.engines.probe_http import Answer, Ask, EngineFacts, ProbeClient
 from trueup.errors import ConfigError, EngineError
 from trueup.parity import verdicts
 from trueup.parity.probes import asks_of, scored
@@ -86,11 +86,14 @@ class Asking:
 
         Raises EngineError when the engine is gone.
         """
-        tokens = max(4, self.check.tokens // 4) if self.quick else self.check.tokens
-        asks = asks_of(prompts.ordinary[:FEW], sampling, max_tokens=tokens, seed=self.check.seed, salt=self.salt())
-        answers = self.clients[0].generate(asks, together=self.quick)
+        answers = self.clients[0].generate(self.few(prompts, sampling), together=self.quick)
         self.require_alive()
         return answers
+
+    def few(self, prompts: Prompts, sampling: dict[str, object]) -> list[Ask]:
+        """The requests of `alone`."""
+        tokens = max(4, self.check.tokens // 4) if self.quick else self.check.tokens
+        return asks_of(prompts.ordinary[:FEW], sampling, max_tokens=tokens, seed=self.check.seed, salt=self.salt())
 
     def rows(
         self, prompts: Prompts, sampling: dict[str, object], answers: Sequence[Sequence[Answer]]

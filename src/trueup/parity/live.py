@@ -26,9 +26,11 @@ from trueup.parity.grouping import Setting, group, looks_like_float32
 from trueup.parity.hypotheses import ENGINE_WIDE
 from trueup.parity.probes import (
     EXPLICIT,
+    PAIRS_AGAIN,
     Probed,
     against_itself,
     cached_against_fresh,
+    drawn_apart,
     outcome,
     paired,
     twice,
@@ -65,6 +67,8 @@ class LiveCheck:
     open: dict[str, str] = field(default_factory=dict)
     """Why an id is not ruled out, whatever settings say of it."""
     doubts: list[tuple[str, ...]] = field(default_factory=list)
+    drawn_apart: int = 0
+    """Requests that draw other tokens whenever their sampling fields are spelled out."""
     touched: str = "read-only: nothing on the server changed"
 
     @property
@@ -168,9 +172,16 @@ class LiveCheck:
 
     def _explicit_against_omitted(self, prompts: Prompts, alone: Sequence[Answer], floor: float) -> None:
         """The same requests with every field spelled out: a difference is the engine's own defaults."""
-        gap = paired(alone, self.ask.alone(prompts, EXPLICIT | PLAIN | self.base))
+        fields = EXPLICIT | PLAIN | self.base
+        spelled_out = self.ask.alone(prompts, fields)
+        gap = paired(alone, spelled_out)
         words = "fields left out against the same fields spelled out"
         probe = outcome("defaults", gap, verdicts.SELF_LIMIT * floor, words)
+        if gap.parted:
+            pairs = list(zip(self.ask.few(prompts, self.base), self.ask.few(prompts, fields), strict=True))
+            self.drawn_apart = drawn_apart(self.clients[0], pairs, (alone, spelled_out))
+            again = f"; {gap.parted} parted, and each time again {self.drawn_apart} of the first {PAIRS_AGAIN}"
+            probe = replace(probe, text=probe.text + again)
         self.probes.append(probe)
         if not gap.tokens and gap.failed:
             self.missing["S5"] = "the engine refused requests with every field spelled out"
@@ -202,7 +213,7 @@ class LiveCheck:
                 given = judged.found
         before = self.causes
         kept = verdicts.not_explained_by(reports, before)
-        kept = verdicts.hidden_defaults(self.probes, reports, kept)
+        kept = verdicts.hidden_defaults(self.probes, reports, kept, drawn_apart=self.drawn_apart)
         gone = {c.id for c in before} - {c.id for c in kept}
         self.open |= dict.fromkeys(gone, "what its probe saw is accounted for by the causes named")
         generation = verdicts.generation_against_scoring(reports, kept)

@@ -26,6 +26,11 @@ MIN_COMPARED = 16
 ALL_PARTED = 6
 """Rounding in 16 bits alone lets one seed draw two tokens where the distribution is flat: first tokens that part say
 something there only if so many do, and none does not."""
+DRAWS_AGAIN = 6
+"""Times each side of a pair that parted is asked again: had rounding drawn one token or the other, at even odds, six
+answers alike on either side, and not the same, would come once in 2,048 pairs."""
+PAIRS_AGAIN = 3
+"""Pairs that are asked again, at most."""
 CACHE_SEEDS, CACHE_ROUNDS, CACHE_TOKENS = 3, 4, 8
 """Requests a round of the cache probe, and rounds until enough tokens are shared."""
 
@@ -170,6 +175,33 @@ def scored(client: ProbeClient, rows: Sequence[TraceRow], *, together: bool) -> 
 def twice(once: Sequence[Answer], again: Sequence[Answer], *, limit_rms: float) -> Probed:
     """The same requests, alone, two times."""
     return outcome("repeat", paired(once, again), limit_rms, "the same request twice, alone")
+
+
+def drawn_apart(client: ProbeClient, pairs: Sequence[tuple[Ask, Ask]], answers: Sequence[Sequence[Answer]]) -> int:
+    """How many of the pairs whose `answers` parted (the first few) do so again, each side the same way every time.
+
+    One pair that parts once is nothing: 16 bits round differently in another batch, and where the distribution is flat
+    a last bit decides. Sides are asked alone and in turns (A B B A), so that what drifts on the server hits both.
+    """
+    apart = asked = 0
+    for pair, one, other in zip(pairs, *answers, strict=True):
+        until = next((i for i, (a, b) in enumerate(zip(one.ids, other.ids, strict=False)) if a != b), None)
+        if until is None or one.error or other.error or asked == PAIRS_AGAIN:
+            continue
+        asked += 1
+        apart += _parts_again(client, [replace(ask, max_tokens=until + 1) for ask in pair])
+    return apart
+
+
+def _parts_again(client: ProbeClient, pair: Sequence[Ask]) -> bool:
+    """Whether two requests draw apart in every one of `DRAWS_AGAIN` rounds, each as it did in the first."""
+    first: dict[int, tuple[int, ...]] = {}
+    for turn in range(DRAWS_AGAIN):
+        for side in (0, 1) if turn % 2 == 0 else (1, 0):
+            answer = client.generate([pair[side]], together=False)[0]
+            if answer.error or answer.ids != first.setdefault(side, answer.ids) or first.get(1 - side) == answer.ids:
+                return False
+    return True
 
 
 def against_itself(

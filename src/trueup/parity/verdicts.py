@@ -92,22 +92,25 @@ def self_consistency(probes: Sequence[Probed]) -> list[Cause]:
     ]  # fmt: skip
 
 
-def hidden_defaults(probes: Sequence[Probed], reports: Sequence[SettingReport], causes: Sequence[Cause]) -> list[Cause]:
-    """Add S5 if spelling fields out moves numbers or draws by more than asking twice does, unless a setting's numbers
-    have named it already, with its fields. A smaller effect of batches goes then: rounding moves a kept set's edge."""
+def hidden_defaults(
+    probes: Sequence[Probed], reports: Sequence[SettingReport], causes: Sequence[Cause], *, drawn_apart: int
+) -> list[Cause]:
+    """Add S5 if spelling fields out moves numbers by more than asking twice does, or draws other tokens whenever it is
+    tried (`drawn_apart` requests), unless a setting's numbers have named it already, with its fields. A smaller effect
+    of batches goes then: rounding moves a kept set's edge."""
     gaps = {p.name: p.gap for p in probes if p.gap is not None}
     repeat, defaults = gaps.get("repeat"), gaps.get("defaults")
     lost = any(c.id in IN_REPORTING for r in reports for c in r.causes)
     if repeat is None or defaults is None or lost or any(c.id == "I15" for c in causes):
         return list(causes)
     numbers = any(p.name == "defaults" and p.numbers_differ for p in probes) and defaults.rms > FACTOR * repeat.rms
-    if not numbers and not (defaults.parted and not repeat.parted):
+    if not numbers and not drawn_apart:
         return list(causes)
     of_edges = "batch" in gaps and FACTOR * gaps["batch"].rms < defaults.rms
     rest = [c for c in causes if c.id != "I3" or not of_edges]
     if any(c.id == "S5" for r in reports for c in r.causes):
         return rest
-    draws = "" if numbers else f"; {defaults.parted} of the completions went another way (raw logprobs do not show it)"
+    draws = "" if numbers else " (raw logprobs do not show it)"
     evidence = next(p.text for p in probes if p.name == "defaults") + draws
     fix = "--generation-config vllm, and send every sampling field explicitly"
     return [*rest, _cause("S5", "semantic", "the engine applies sampling defaults that no request set", fix, evidence)]
