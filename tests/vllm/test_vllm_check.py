@@ -72,22 +72,6 @@ def test_a_changed_rope_parameter_is_i8(smollm2, tmp_path):
     assert "20000" in report.causes[0].evidence, report.causes[0].evidence
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_the_parity_flags_agree_at_the_floor_of_their_precision(smollm2, vllm_version, tmp_path, dtype):
-    with vllm_server(smollm2, tmp_path / "run", version=vllm_version, dtype=dtype) as server:
-        report = check(smollm2, server)
-    assert report.verdict == "agree", shown(report)
-    floor = report.settings[0].noise_floor["rms"]
-    assert (floor < 1e-3) == (dtype == "float32")
-
-
-def test_a_server_that_missed_the_update_is_w1(smollm2, vllm_version, tmp_path):
-    trainer = moved(smollm2, tmp_path / "trainer")
-    with vllm_server(smollm2, tmp_path / "run", version=vllm_version) as server:
-        report = check(trainer, server, checkpoints=(smollm2,))
-    assert ids(report) == ["W1"], shown(report)
-
-
 def test_a_tied_head_left_at_old_weights_is_named_with_its_tensor(smollm2, tmp_path):
     """What 0.32 does on CPU when a tied checkpoint is reloaded: the body moves, the head does not."""
     trainer = moved(smollm2, tmp_path / "trainer")
@@ -109,7 +93,30 @@ def test_a_cache_that_outlives_an_update_is_w12(smollm2, vllm_version, tmp_path)
     assert "restored and verified" in report.header["touched"], report.header["touched"]
 
 
-def test_updates_of_the_parity_configuration_are_clean(smollm2, vllm_version, tmp_path):
-    with vllm_server(smollm2, tmp_path / "run", version=vllm_version, dtype="float32") as server:
-        report = check(smollm2, server, allow_updates=True)
+@pytest.fixture(scope="module")
+def parity(request, smollm2, vllm_version, tmp_path_factory):
+    """A server in the parity configuration, its dtype the parameter; several tests ask it."""
+    run = tmp_path_factory.mktemp("parity") / "run"
+    with vllm_server(smollm2, run, version=vllm_version, dtype=request.param) as server:
+        yield server
+
+
+@pytest.mark.parametrize("parity", ["bfloat16", "float32"], indirect=True)
+def test_the_parity_flags_agree_at_the_floor_of_their_precision(smollm2, parity):
+    report = check(smollm2, parity)
+    assert report.verdict == "agree", shown(report)
+    floor = report.settings[0].noise_floor["rms"]
+    assert (floor < 1e-3) == (parity.config.dtype == "float32")
+
+
+@pytest.mark.parametrize("parity", ["bfloat16"], indirect=True)
+def test_a_server_that_missed_the_update_is_w1(smollm2, parity, tmp_path):
+    trainer = moved(smollm2, tmp_path / "trainer")
+    report = check(trainer, parity, checkpoints=(smollm2,))
+    assert ids(report) == ["W1"], shown(report)
+
+
+@pytest.mark.parametrize("parity", ["float32"], indirect=True)
+def test_updates_of_the_parity_configuration_are_clean(smollm2, parity):
+    report = check(smollm2, parity, allow_updates=True)
     assert report.verdict == "agree" and {"W1", "W3", "W4", "W15"} <= set(report.ruled_out), shown(report)

@@ -2,10 +2,12 @@
 
 import shutil
 import statistics
+import subprocess
 import threading
 
 import pytest
 import torch
+from tests.conftest import ROOT
 from tests.engine_kit import (
     behaviour,
     load_version,
@@ -24,6 +26,7 @@ from trueup.engines import vllm_v1
 from trueup.engines.base import PauseMode
 from trueup.engines.embedded.replay import Replayer
 from trueup.engines.vllm_checkpoint import WEIGHTS
+from trueup.engines.vllm_install import PLUGIN, ensure_plugin, find_environment, launch_prefix
 from trueup.engines.vllm_v1 import VllmEngine
 from trueup.errors import EngineError, WeightError
 from trueup.model.tiny import make_tiny
@@ -177,10 +180,16 @@ def test_a_failure_inside_vllm_restarts_it_with_the_last_good_version(small, tmp
 
 
 def test_without_a_way_to_restart_a_failed_engine_stays_dead(small, tmp_path):
-    """vLLM goes away in the middle: the update fails, and so does every later call, with the reason."""
+    """vLLM goes away in the middle: the update fails, and so does every later call, with the reason.
+
+    Before that, nobody can take it for a server of another checkpoint.
+    """
     path, store, knobs = small
     snapshot = publish_perturbed(store, path, 1)
+    other = make_tiny(tmp_path / "other", tied=True, head_dim=32, seed=1)
     with vllm_server(path, tmp_path / "run", **knobs) as server:
+        with pytest.raises(EngineError, match=r"nats from the checkpoint's \(0.01 at most\)"):
+            VllmEngine(server.url, model=other, staging=tmp_path / "staging")
         engine = VllmEngine(server.url, model=path, staging=tmp_path / "staging", weights_root=store.root, canary=False)
         engine.pause(PauseMode.KEEP)
         server.stop()
@@ -203,3 +212,17 @@ def test_a_tied_head_left_behind_is_found_by_the_canary(small, tmp_path, vllm_ve
             engine.update_weights(publish_perturbed(store, path, 1, scale=0.2).path, clear_cache=True)
         assert engine.status().version == 0
         engine.close()
+
+
+def test_vllm_waits_without_keeping_everybody_else_from_the_cpu(vllm_version):
+    """A loop around sched_yield starved this process for up to 40 s at a time; the plugin replaces it."""
+    environment = find_environment(vllm_version, ROOT)
+    ensure_plugin(environment)
+    code = (
+        "from vllm.plugins import load_general_plugins as load; load()\n"
+        "from vllm.distributed.device_communicators import shm_broadcast\n"
+        "print(shm_broadcast.sched_yield.__module__)"
+    )
+    command = [*launch_prefix(environment), "-c", code]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert shown.split()[-1] == PLUGIN

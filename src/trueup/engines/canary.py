@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from trueup.errors import EngineError
 from trueup.model.load import load_model
 from trueup.model.scoring import ScoredRow, hidden_states
 from trueup.policy.head import Head
@@ -24,6 +25,8 @@ ROWS, PROMPT_TOKENS, COMPLETION_TOKENS = 3, 8, 16
 TOLERANCE_FACTOR = 4.0
 SMALLEST_TOLERANCE = 5e-4
 """Nats, rms. A float32 engine is 1e-5 off; no update that matters moves 48 tokens by less."""
+START_LIMIT = {torch.float32: 0.01, torch.float16: 0.1, torch.bfloat16: 0.5}
+"""Nats, rms, by the engine's dtype: further off than any rounding of it, and another checkpoint is nats away."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +69,17 @@ class Canary:
         self.tolerance = SMALLEST_TOLERANCE
 
     def calibrate(self, engine_T: Tensor) -> float:
-        """Take the engine's scores of the weights it serves now as the measure of agreement; returns their rms."""
+        """Take the engine's scores of the weights it serves now as the measure of agreement; returns their rms.
+
+        Raises EngineError when they are too far off to be of these weights.
+        """
         distance = rms(engine_T - self.expected_T)
+        limit = START_LIMIT[self._model.dtype]
+        if not distance <= limit:
+            raise EngineError(
+                f"the engine's scores of the canary are {distance:.3g} nats from the checkpoint's ({limit:g} at most): "
+                "it serves other weights or is configured otherwise: `trueup check --engine URL --model PATH` names it"
+            )
         self.tolerance = max(SMALLEST_TOLERANCE, TOLERANCE_FACTOR * distance)
         return distance
 

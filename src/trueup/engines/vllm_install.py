@@ -98,7 +98,7 @@ def launch_prefix(environment: VllmEnvironment) -> list[str]:
 
 
 def ensure_plugin(environment: VllmEnvironment) -> None:
-    """Install trueup's fp32-head plugin (vllm_plugin.py) into an environment unless exactly it is there."""
+    """Install trueup's plugin (vllm_plugin.py) into an environment unless exactly it is there."""
     source = Path(vllm_plugin.__file__)
     installed = sorted((Path(environment.python).parents[1] / "lib").glob(f"python3*/site-packages/{PLUGIN}.py"))
     if installed and installed[0].read_bytes() == source.read_bytes():
@@ -115,7 +115,7 @@ def _plugin_wheel(source: Path, folder: Path) -> Path:
         f"{PLUGIN}.py": source.read_text(encoding="utf-8"),
         f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {PLUGIN.replace('_', '-')}\nVersion: {__version__}\n",
         f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: trueup\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-        f"{info}/entry_points.txt": f"[vllm.general_plugins]\n{vllm_plugin.SWITCH} = {PLUGIN}:register\n",
+        f"{info}/entry_points.txt": f"[vllm.general_plugins]\ntrueup = {PLUGIN}:register\n",
     }
     files[f"{info}/RECORD"] = "".join(f"{name},,\n" for name in [*files, f"{info}/RECORD"])
     wheel = folder / f"{PLUGIN}-{__version__}-py3-none-any.whl"

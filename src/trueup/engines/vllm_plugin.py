@@ -1,23 +1,44 @@
-"""An fp32 head for vLLM 0.18.1, which refuses `head_dtype` for generation: a vLLM plugin.
+"""A vLLM plugin: an fp32 head for 0.18.1, which refuses `head_dtype` for generation, and waiting that shares a CPU.
 
 This file is copied alone into vLLM's environment, so it imports nothing of trueup. With `--additional-config
 '{"trueup_fp32_head": true}'` logits are float32 hidden states times a float32 copy of the head, tied or not. The copy
 is made at the first use and thrown away whenever weights are loaded or reloaded.
+
+On a CPU vLLM's scheduler and worker wait for each other in a loop around `sched_yield`. On Linux 6.18 everybody else
+was then runnable and not run, for up to 40 s: a trainer beside a busy engine stands still. They sleep instead, as vLLM
+has them do on Pythons older than 3.11.1.
 """
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 SWITCH = "trueup_fp32_head"
+WITHOUT_FP32_HEAD = "0.18."
+"""Versions whose own head has no float32 for generation."""
 COPY = "_trueup_fp32_weight"
 
 
 def register() -> None:
-    """vLLM's entry point, called once in each of its processes: wrap the head where it was asked for.
+    """vLLM's entry point, called in each of its processes, of some more than once."""
+    from vllm import __version__
 
-    A head that is quantised raises NotImplementedError when it is first used.
-    """
+    _share_the_cpu()
+    if __version__.startswith(WITHOUT_FP32_HEAD):
+        _wrap_head()
+
+
+def _share_the_cpu() -> None:
+    from vllm.distributed.device_communicators import shm_broadcast
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        shm_broadcast.sched_yield = lambda: time.sleep(0)
+
+
+def _wrap_head() -> None:
+    """Wrap the head where it was asked for; one that is quantised raises NotImplementedError when first used."""
     from vllm.config import get_current_vllm_config
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod

@@ -70,8 +70,7 @@ class VllmServer:
             )
         if not self.url:
             self.url = f"http://{self.config.host}:{self.config.port or _free_port(self.config.host)}"
-        if self.config.version in NEEDS_PLUGIN and self.config.head == "float32":
-            ensure_plugin(self.environment)
+        ensure_plugin(self.environment)
         if not is_loopback(self.url):
             announce("warning  reachable from other machines: vLLM guards its control plane with no key")
         deadline = time.monotonic() + self.config.start_timeout_s

@@ -75,8 +75,8 @@ class VllmEngine(OpenAIEngine):
 
         `staging` holds the folders that vLLM reloads from; `weights_root`: updates come from under it only. `untie`:
         the server was given the tied head as a tensor (vllm_checkpoint.py). `restart` starts the server again on such
-        a folder. Raises EngineError when nobody answers and for a version that was never tried. That the server holds
-        this checkpoint is taken for granted, and the canary measured by it (`start_distance`): `trueup check` tests it.
+        a folder. Raises EngineError when nobody answers, for a version that was never tried, and, by the canary, when
+        other weights are served; how far its scores are off (`start_distance`) is the canary's measure from then on.
         """
         super().__init__(url, kind=LogprobKind.PROCESSED, model=None, scores=True)
         self.name = NAME
@@ -202,7 +202,7 @@ class VllmEngine(OpenAIEngine):
                 "body": str(self.facts.dtype).removeprefix("torch."),
                 "head": str(self._head_dtype).removeprefix("torch."),
             },
-            paused=bool(self._http.get("/is_paused")["is_paused"]),
+            paused=control.is_paused(self._http),
             running=running,
             waiting=min(int(metrics["num_requests_waiting"]), inside - running) + self._admission.waiting,
             generated_tokens=int(metrics["generation_tokens_total"]),
@@ -273,7 +273,9 @@ class VllmEngine(OpenAIEngine):
         paused = time.perf_counter()
         try:
             self._stand_still(was_paused, deadline)
-        except EngineError:
+        except EngineError as error:
+            if not control.answers(self._http):
+                raise self._die(f"vLLM went away before version {snapshot.version} was loaded: {error}") from None
             if not was_paused:
                 with suppress(EngineError):
                     control.resume(self._http)
