@@ -79,7 +79,8 @@ def engine_side(
         server.start()
         try:
             print(f"{version} {head} head:", {r.flag: r.state for r in server.report()}, flush=True)
-            engine = VllmEngine.of(server, canary=False)
+            engine = VllmEngine.of(server)
+            print(f"canary at the start: {engine.start_distance:.3g} nats", flush=True)
             rollouts = generate(engine, asked, tokens)
             rows = rows or [ScoredRow(prompt_ids=r.prompt.token_ids, completion_ids=r.token_ids) for r in rollouts]
             scores = [list(s.logprobs) for s in engine.score(rows)]

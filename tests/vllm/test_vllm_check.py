@@ -1,4 +1,7 @@
-"""`trueup check` against real vLLM servers that are really misconfigured: nothing of the checker's input is edited."""
+"""`trueup check` against real vLLM servers that are really misconfigured: nothing of the checker's input is edited.
+
+The slow ones are run by `make test-vllm`, not by every change: what they plant is planted in trueup's own engine too.
+"""
 
 import httpx
 import pytest
@@ -42,6 +45,7 @@ def moved(model, target):
     return folder
 
 
+@pytest.mark.slow
 def test_default_flags_are_s1(smollm2, vllm_version, tmp_path):
     with vllm_server(smollm2, tmp_path / "run", plain=True, version=vllm_version) as server:
         report = check(smollm2, server)
@@ -49,6 +53,7 @@ def test_default_flags_are_s1(smollm2, vllm_version, tmp_path):
     assert report.causes[0].fix == "--logprobs-mode processed_logprobs"
 
 
+@pytest.mark.slow
 def test_hidden_sampling_defaults_are_s5(smollm2, tmp_path):
     model = folder_with(smollm2, tmp_path / "model", generation_config=HIDDEN)
     with vllm_server(model, tmp_path / "run", plain=True, flags=PROCESSED) as server:
@@ -56,6 +61,7 @@ def test_hidden_sampling_defaults_are_s5(smollm2, tmp_path):
     assert ids(report)[0] == "S5", shown(report)
 
 
+@pytest.mark.slow
 def test_another_model_folder_is_w16(smollm2, tmp_path):
     model = moved(smollm2, tmp_path / "model")
     with vllm_server(model, tmp_path / "run") as server:
@@ -63,6 +69,7 @@ def test_another_model_folder_is_w16(smollm2, tmp_path):
     assert ids(report) == ["W16"], shown(report)
 
 
+@pytest.mark.slow
 def test_a_changed_rope_parameter_is_i8(smollm2, tmp_path):
     rope = {"rope_theta": 20000.0, "rope_parameters": {"rope_theta": 20000.0, "rope_type": "default"}}
     model = folder_with(smollm2, tmp_path / "model", config=rope)
@@ -72,6 +79,7 @@ def test_a_changed_rope_parameter_is_i8(smollm2, tmp_path):
     assert "20000" in report.causes[0].evidence, report.causes[0].evidence
 
 
+@pytest.mark.slow
 def test_a_tied_head_left_at_old_weights_is_named_with_its_tensor(smollm2, tmp_path):
     """What 0.32 does on CPU when a tied checkpoint is reloaded: the body moves, the head does not."""
     trainer = moved(smollm2, tmp_path / "trainer")
@@ -109,6 +117,7 @@ def test_the_parity_flags_agree_at_the_floor_of_their_precision(smollm2, parity)
     assert (floor < 1e-3) == (parity.config.dtype == "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parity", ["bfloat16"], indirect=True)
 def test_a_server_that_missed_the_update_is_w1(smollm2, parity, tmp_path):
     trainer = moved(smollm2, tmp_path / "trainer")
