@@ -1,6 +1,7 @@
 """The parts around vLLM that need no vLLM: cache lives, admission, spans, checkpoints, flags, the plugin's wheel."""
 
 import json
+import math
 import threading
 import time
 import zipfile
@@ -20,7 +21,7 @@ from trueup.engines.matrix import capability_table
 from trueup.engines.vllm_checkpoint import HEAD, read_checkpoint, serve_folder
 from trueup.engines.vllm_completion import versions_of_spans
 from trueup.engines.vllm_facts import minor, read_facts
-from trueup.engines.vllm_flags import FlagReport, reported_flags
+from trueup.engines.vllm_flags import FlagReport, is_one_of_few, reported_flags
 from trueup.engines.vllm_server import VllmServer
 from trueup.errors import ConfigError, EngineError, ModelError
 from trueup.model.load import load_model
@@ -190,6 +191,12 @@ def test_a_flag_is_verified_only_by_a_probe():
     assert state(False, False, False) == state(False, None, False) == "verified"
     assert state(True, True, None) == "reported" and state(True, None, None) == "untested"
     assert state(False, True, False) == state(False, False, True) == state(False, True, None) == "differs"
+
+
+def test_a_draw_among_equal_logits_is_a_processed_one_too():
+    """Logits of a bfloat16 head tie: two that share the top are both kept by a kept set of one."""
+    assert all(is_one_of_few(value) for value in (0.0, -math.log(2), -math.log(3)))
+    assert not any(is_one_of_few(value) for value in (-0.001, -0.5, -math.log(9), -math.inf, math.nan))
 
 
 def test_flags_are_read_from_a_servers_own_configuration():

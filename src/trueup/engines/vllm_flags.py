@@ -6,6 +6,7 @@ probed, *untested* when it can be neither read nor probed, and *differs* when ei
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ BF16_GRID = 2.0**-8
 """Logits of magnitude 1/2 and more are multiples of this in bfloat16, and so are the differences of their logprobs."""
 ON_GRID = 2e-5
 CERTAINLY = 1e-5
+MOST_EQUALS = 4
 FIRST_ID = 5
 
 
@@ -95,10 +97,10 @@ class Asker:
         self._http, self._model = http, model
 
     def logprobs_mode(self) -> str:
-        """With one token kept, a processed logprob is 0 and a raw one is not."""
+        """With one token kept, a processed logprob is 0 (less among equals, which are kept too); a raw one is not."""
         choice = self._complete([FIRST_ID, FIRST_ID + 1], max_tokens=16, top_k=1, temperature=0.7, logprobs=0)
         values = choice["logprobs"]["token_logprobs"]
-        return "processed_logprobs" if all(abs(v) < CERTAINLY for v in values) else "raw_logprobs"
+        return "processed_logprobs" if all(is_one_of_few(v) for v in values) else "raw_logprobs"
 
     def fp32_head(self) -> bool | None:
         """Differences of logprobs at one position are differences of logits: on a bfloat16 head's grid, or not."""
@@ -133,6 +135,11 @@ class Asker:
         body = {"model": self._model, "prompt": prompt, **fields}
         content: dict[str, Any] = self._http.post("/v1/completions", body, timeout_s=TIMEOUT_S)
         return content
+
+
+def is_one_of_few(logprob: float) -> bool:
+    """Whether it is that of a draw from one token or from a few that are equal, as a bfloat16 head makes them."""
+    return any(abs(logprob + math.log(equals)) < CERTAINLY for equals in range(1, MOST_EQUALS + 1))
 
 
 def _quietly(probe: Callable[[], object] | None) -> object:
