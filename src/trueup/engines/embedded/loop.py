@@ -241,13 +241,15 @@ class StepLoop:
         if sequence.slot is not None and reason not in CLEAN_ENDS:
             self.runner.cache.wipe(sequence.slot)  # what it wrote may not be finite, and a mask does not hide NaN
         group = self.scheduler.finish(sequence, reason)
-        if self._stopped and not self.scheduler.begun:
+        if group is not None:
+            self._deliver(group, sequence, reason)
+        if self._stopped and not self.scheduler.begun:  # whoever asked for the pause finds every result delivered
             self.paused = True
             for stopped in self._stopped:
                 stopped.set_result(None)
             self._stopped.clear()
-        if group is None:
-            return
+
+    def _deliver(self, group: Group, sequence: Sequence, reason: str) -> None:
         if not self.share_prefixes:
             self.prefixes.drop(group.id)
         future = self._futures.pop(group.id)
