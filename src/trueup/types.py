@@ -280,7 +280,7 @@ class RolloutGroup:
             len(self.rewards) == len(self.rollouts), f"{len(self.rewards)} rewards for {len(self.rollouts)} rollouts"
         )
         _require(all(is_real(r) for r in self.rewards), "rewards must be finite")
-        _require(len({r.prompt.prompt_id for r in self.rollouts}) == 1, "a rollout group has one prompt")
+        _require(len({r.prompt for r in self.rollouts}) == 1, "a rollout group has one prompt")
 
     @property
     def oldest_version(self) -> int:
