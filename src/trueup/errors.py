@@ -34,6 +34,14 @@ class WeightError(TrueupError):
     """A weight snapshot is incomplete, damaged, of another model, or outside the allowed folder."""
 
 
+class TrainingError(TrueupError):
+    """An optimiser step was refused or could not be kept; weights and optimiser are as they were before it."""
+
+
+class NothingToLearn(TrainingError):
+    """A batch without a gradient: every advantage is zero, or a filter left no sequence."""
+
+
 class EngineError(TrueupError):
     """A rollout engine refused a request, is not reachable, or cannot be set up."""
 

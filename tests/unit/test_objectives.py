@@ -62,7 +62,7 @@ def test_grpo_and_dr_grpo_are_ppo_and_dapo_clips_higher():
 def test_gspo_by_hand():
     ratios = [(1.1 * 0.7 * 1.5) ** (1 / 3), (0.7 * 1.5) ** 0.5, 1.0]
     found = obj.gspo(NEW, OLD, ADVANTAGE, ROW, low=0.02, high=0.03)
-    assert 1.03 < ratios[0] and 0.98 < ratios[1] < 1.03  # the first is clipped
+    assert ratios[0] > 1.03 and 0.98 < ratios[1] < 1.03  # the first is clipped
     close(found.loss_T, [-2 * 1.03] * 3 + [ratios[1]] * 2 + [-0.5])
     assert found.clipped_T.tolist() == [True] * 3 + [False] * 3
     # d s / d log pi_t = s / n for every token of the sequence, summed here over its n equal losses.

@@ -1,7 +1,8 @@
 """The attention function that trainer and embedded engine share, behind transformers' attention interface.
 
 A model that was passed to `use_layouts` attends through a `Layout`: an object given to the body's forward call that
-knows which tokens belong together. `PackedLayout` (here) is the trainer's: sequences one after another, each causal.
+knows which tokens belong together. `PackedLayout` (here) is the trainer's: sequences one after another, each causal,
+which may share a beginning.
 The engine's layout keeps a cache (engines/embedded/cache.py). Without a layout a batch is plain causal.
 
 Shapes: T packed tokens, H query heads, K key-value heads, G = H / K, N query tiles, L cached length, D head width.
@@ -16,7 +17,7 @@ by exp(0) and adds 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -131,24 +132,55 @@ def grouped_attention(
 
 @dataclass(frozen=True, kw_only=True)
 class PackedLayout:
-    """Sequences one after another, each causal and from position 0. `tiled` fixes the arithmetic (bitwise mode)."""
+    """Segments one after another, each causal. `tiled` fixes the arithmetic (bitwise mode).
+
+    A segment is a sequence from position 0 or, where `parents` names an earlier segment for it, a continuation of that
+    one, which several may share: a group's prompt followed by its completions. Without `parents` none has one.
+    """
 
     lengths: tuple[int, ...]
+    parents: tuple[int | None, ...] = ()
     tiled: bool = False
+
+    def __post_init__(self) -> None:
+        for index, parent in enumerate(self.parents):
+            assert parent is None or (parent < index and self.parents[parent] is None), "a parent is a first segment"
+
+    def offsets(self) -> list[int]:
+        """Position of each segment's first token in its sequence."""
+        return [0 if parent is None else self.lengths[parent] for parent in self.parents or [None] * len(self.lengths)]
+
+    def positions(self) -> list[int]:
+        """Position of every token in its sequence, [T]."""
+        pairs = zip(self.offsets(), self.lengths, strict=True)
+        return [offset + at for offset, length in pairs for at in range(length)]
 
     def attend(self, layer: int, query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, shape: Shape) -> Tensor:
         """Return [T, H, D], differentiable in all three."""
         if self.tiled:
-            return _TiledPacked.apply(query_HTD, key_KTD, value_KTD, self.lengths, shape)
-        return _packed(query_HTD, key_KTD, value_KTD, self.lengths, shape)
+            return _TiledPacked.apply(query_HTD, key_KTD, value_KTD, self, shape)
+        return _packed(query_HTD, key_KTD, value_KTD, self, shape)
 
 
-def _packed(query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, lengths: Sequence[int], shape: Shape) -> Tensor:
+def _segments(
+    query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, layout: PackedLayout
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """Each segment's offset, its queries, and the keys and values of its whole sequence so far."""
+    queries, keys, values = (t.split(list(layout.lengths), dim=1) for t in (query_HTD, key_KTD, value_KTD))
+    for index, offset in enumerate(layout.offsets()):
+        parent = layout.parents[index] if layout.parents else None
+        if parent is None:
+            yield offset, queries[index], keys[index], values[index]
+        else:
+            both = [torch.cat([t[parent], t[index]], dim=1) for t in (keys, values)]
+            yield offset, queries[index], both[0], both[1]
+
+
+def _packed(query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, layout: PackedLayout, shape: Shape) -> Tensor:
     parts = []
-    split = [t.split(list(lengths), dim=1) for t in (query_HTD, key_KTD, value_KTD)]
-    for query, key, value in zip(*split, strict=True):
-        at = torch.arange(query.shape[1], device=query.device)
-        mask = visible(at[:, None], at[None], shape.window)
+    for offset, query, key, value in _segments(query_HTD, key_KTD, value_KTD, layout):
+        at = torch.arange(key.shape[1], device=query.device)
+        mask = visible(at[offset:, None], at[None], shape.window)
         parts.append(grouped_attention(query[None], key[None], value[None], mask[None], shape)[0])
     return torch.cat(parts)
 
@@ -194,17 +226,18 @@ class _TiledPacked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, lengths: tuple[int, ...], shape: Shape
+        ctx: Any, query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, layout: PackedLayout, shape: Shape
     ) -> Tensor:
         ctx.save_for_backward(query_HTD, key_KTD, value_KTD)
-        ctx.lengths, ctx.shape = lengths, shape
+        ctx.layout, ctx.shape = layout, shape
         parts = []
-        split = [t.split(list(lengths), dim=1) for t in (query_HTD, key_KTD, value_KTD)]
-        for query, key, value in zip(*split, strict=True):
-            length = query.shape[1]
-            tiles = math.ceil(length / QUERY_TILE)
-            query_NHQD = _pad(query, tiles * QUERY_TILE).unflatten(1, (tiles, QUERY_TILE)).transpose(0, 1)
-            key_tiles = math.ceil(length / KEY_TILE)
+        for offset, query, key, value in _segments(query_HTD, key_KTD, value_KTD, layout):
+            first_tile, before = divmod(offset, QUERY_TILE)
+            rows = before + query.shape[1]
+            tiles = math.ceil(rows / QUERY_TILE)
+            padded = F.pad(query, (0, 0, before, tiles * QUERY_TILE - rows))
+            query_NHQD = padded.unflatten(1, (tiles, QUERY_TILE)).transpose(0, 1)
+            key_tiles = math.ceil(key.shape[1] / KEY_TILE)
             cache = [_pad(t, key_tiles * KEY_TILE) for t in (key, value)]
 
             def keys(tile: int, cache: list[Tensor] = cache, tiles: int = tiles) -> tuple[Tensor, Tensor]:
@@ -212,16 +245,16 @@ class _TiledPacked(torch.autograd.Function):
                 first, second = (t[None, :, at].expand(tiles, -1, -1, -1) for t in cache)
                 return first, second
 
-            first_N = torch.arange(tiles, device=query.device) * QUERY_TILE
+            first_N = (first_tile + torch.arange(tiles, device=query.device)) * QUERY_TILE
             out = tiled_attention(query_NHQD, keys, first_N, key_tiles, shape)
-            parts.append(out.transpose(1, 2).reshape(-1, *out.shape[1::2])[:length].to(query.dtype))
+            parts.append(out.transpose(1, 2).reshape(-1, *out.shape[1::2])[before:rows].to(query.dtype))
         return torch.cat(parts)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         states = [t.detach().requires_grad_() for t in ctx.saved_tensors]
         with torch.enable_grad():
-            out = _packed(states[0], states[1], states[2], ctx.lengths, ctx.shape)
+            out = _packed(states[0], states[1], states[2], ctx.layout, ctx.shape)
         return (*torch.autograd.grad(out, states, grads[0]), None, None)
 
 

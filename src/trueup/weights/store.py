@@ -139,12 +139,17 @@ class WeightStore:
         return sorted(found)
 
     def publish(
-        self, version: int, tensors: Mapping[str, Tensor], *, step: Callable[[str], None] = lambda name: None
+        self,
+        version: int,
+        tensors: Mapping[str, Tensor],
+        *,
+        files: Mapping[str, str] | None = None,
+        step: Callable[[str], None] = lambda name: None,
     ) -> WeightSnapshot:
         """Write a version so that it is either complete or absent, even if the process is killed, and return it.
 
-        `step` is called with the name of each file once it is on disk. Raises WeightError when the version exists or
-        the tensors are not finite; OSError (disk full) leaves no version behind.
+        `files` are further text files by name. `step` is called with the name of each file once it is on disk. Raises
+        WeightError when the version exists or the tensors are not finite; OSError (disk full) leaves no version behind.
         """
         target = self.folder(version)
         if (target / COMPLETE_FILE).is_file():
@@ -156,6 +161,8 @@ class WeightStore:
                 shutil.rmtree(leftover)
         work.mkdir(parents=True)
         try:
+            for name, text in (files or {}).items():
+                _write(work / name, text)
             contents = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
             save_file(contents, work / WEIGHTS_FILE, metadata={"format": "pt"})
             _sync(work / WEIGHTS_FILE)
@@ -167,6 +174,9 @@ class WeightStore:
             step(COMPLETE_FILE)
             os.replace(work, target)
             _sync(self.root)
+        except safetensors.SafetensorError as error:  # how its writer says that the disk is full
+            shutil.rmtree(work, ignore_errors=True)
+            raise OSError(str(error)) from None
         except OSError:
             shutil.rmtree(work, ignore_errors=True)
             raise
