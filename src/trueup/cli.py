@@ -199,6 +199,37 @@ def serve(
         raise _fail(error) from None
 
 
+@app.command()
+def train(
+    file: Annotated[Path | None, typer.Argument(help="TOML file with [train], [objective], [optimizer] ...")] = None,
+    from_log: Annotated[Path | None, typer.Option(help="Train on this rollout log alone, no engine.")] = None,
+    model: Annotated[Path | None, typer.Option(help="The policy to start from, a local Hugging Face folder.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Run folder: configuration, metrics, checkpoints, weights.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Forward pass and published weights: bfloat16 or float32.")] = None,
+    bitwise: Annotated[
+        bool | None, typer.Option("--bitwise", help="An engine's logprobs to the last bit; slower.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    sets: Sets = [],  # noqa: B006
+) -> None:
+    """Train a policy on recorded rollouts: the same log, model and configuration give the same weights.
+
+    `--set objective.kind=gspo` and the like reach the other knobs; `trueup config` lists them.
+    """
+    given = {"from_log": from_log, "model": model, "run": run, "dtype": dtype, "bitwise": bitwise}
+    try:
+        resolved = _resolve("train", given, file, sets)
+        from rich.console import Console
+
+        from trueup.pipeline.from_log import train_from_log
+
+        summary = train_from_log(resolved, resume=resume, console=Console(stderr=True))
+    except TrueupError as error:
+        raise _fail(error) from None
+    for name, value in summary.items():
+        typer.echo(f"{name:20}{value:.1f}" if isinstance(value, float) else f"{name:20}{value}")
+
+
 @vllm_app.command("install")
 def vllm_install(
     version: Annotated[str, typer.Option(help="0.32.0 or 0.18.1.")] = "0.32.0",

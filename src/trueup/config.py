@@ -166,8 +166,90 @@ class VllmConfig(_Section):
     flags: tuple[str, ...] = Field((), description="further flags for vLLM, as they are")
 
 
+class TrainConfig(_Section):
+    """`trueup train`: the policy that is trained, on what, and where the run is kept."""
+
+    model: Path | None = Field(None, description="local Hugging Face folder to start from: weight version 0")
+    reference: Path | None = Field(None, description="policy of the KL term (default: the model itself)")
+    run: Path | None = Field(None, description="run folder; a new one unless the run is resumed")
+    from_log: Path | None = Field(None, description="train on this rollout log (a folder of segments) and on no engine")
+    steps: int | None = Field(None, ge=1, description="optimiser batches; none: to the end of the log")
+    groups: int = Field(8, ge=1, description="prompts a batch, each with all its completions")
+    epochs: int = Field(1, ge=1, le=100, description="times a batch is gone through")
+    minibatches: int = Field(1, ge=1, description="optimiser steps each time, over an equal share of the prompts")
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="of the forward pass and of published weights: the engine's; masters are float32"
+    )
+    head: Literal["float32", "bfloat16"] = Field("float32", description="dtype the head is multiplied in")
+    bitwise: bool = Field(False, description="fixed tiles: the logprobs of an engine in bitwise mode to the last bit")
+    micro_tokens: int = Field(4096, ge=1, description="tokens a forward pass; the gradient does not depend on it")
+    share_prompts: bool = Field(True, description="run a group's prompt once, forward and backward")
+    gradient_checkpointing: bool = Field(False, description="keep no activations inside layers: less memory, slower")
+    checkpoint_every: int = Field(10, ge=1, description="batches between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="older ones are deleted")
+    threads: int | None = Field(None, ge=1, description="torch threads (default: torch's own choice)")
+
+
+class ObjectiveConfig(_Section):
+    """What is maximised. None: as the paper of `kind` has it; `trueup config` and the run's config.json print what
+    that is."""
+
+    kind: Literal["reinforce", "ppo", "grpo", "dr_grpo", "dapo", "gspo", "cispo"] = "grpo"
+    advantage: (
+        Literal["group_mean", "leave_one_out", "std_normalised", "batch_normalised", "batch_normalised_rewards"] | None
+    ) = Field(None, description="batch_normalised divides by the spread of advantages, _rewards by that of rewards")
+    aggregation: Literal["token", "sequence", "prompt", "fixed"] | None = None
+    fixed_length: int | None = Field(None, ge=1, description="tokens, for aggregation by a fixed length")
+    low: float | None = Field(None, ge=0, le=1, description="pi/old is clipped below at 1 - low")
+    high: float | None = Field(None, ge=0, description="and above at 1 + high")
+    max_ratio: float | None = Field(None, gt=0, description="largest weight of reinforce and cispo (1 + epsilon_high)")
+    dual: float | None = Field(None, gt=1, description="ppo: loss of a token with A < 0 is at most -dual A")
+    old: Literal["bypass", "decoupled", "interpolated"] | None = Field(
+        None, description="denominator of the ratio: what the engine reported, the trainer at the start of the batch"
+    )
+    kl: float | None = Field(None, ge=0, description="coefficient of the KL term to the reference policy")
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_unbiased: bool = Field(False, description="weigh the KL term by pi/old")
+    entropy: float = Field(0.0, description="coefficient of the entropy bonus")
+    drop_zero_variance: bool | None = Field(None, description="leave out prompts whose rewards are all equal")
+    drop_overlong: bool | None = Field(None, description="leave out completions that hit their length limit")
+
+
+class CorrectionConfig(_Section):
+    """Weights from pi_train/pi_rollout; on an unverified backend they hide its fault. None: the method's own bound."""
+
+    kind: Literal[
+        "none", "truncate_tokens", "truncate_sequences", "mask_tokens", "mask_sequences", "geometric_band",
+        "k3_rejection",
+    ] = "none"  # fmt: skip
+    lower: float | None = Field(None, ge=0, description="bound on the ratio, never on its inverse")
+    upper: float | None = Field(None, gt=0, description="bound on the ratio; for k3_rejection on mean K3, nats")
+    veto: float | None = Field(None, gt=0, lt=1, description="drop sequences with a token below this ratio (1e-4)")
+    normalise: bool = Field(False, description="divide weights by their mean over the batch")
+    vcpo_ess: float | None = Field(
+        None, gt=0, le=1, description="scale the learning rate by sqrt(ESS / this), the ESS on policy"
+    )
+
+
+class OptimizerConfig(_Section):
+    """AdamW on float32 masters. Betas and eps are MiniMax-M1's, decay ScaleRL's, rate and norm PipelineRL's."""
+
+    lr: float = Field(1e-6, ge=0, description="learning rate, constant after the warm-up")
+    warmup_steps: int = Field(0, ge=0, description="optimiser steps of linear warm-up")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-15, gt=0, description="gradients of 1e-18 to 1e-5 vanish beside the usual 1e-8")
+    weight_decay: float = Field(0.01, ge=0, description="of matrices; norms and biases do not decay")
+    clip_norm: float = Field(0.3, gt=0, description="largest norm of the whole gradient")
+
+
 class Config(_Section):
     """A whole configuration file."""
+
+    train: TrainConfig = TrainConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    correction: CorrectionConfig = CorrectionConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
 
     check: CheckConfig = CheckConfig()
     serve: ServeConfig = ServeConfig()

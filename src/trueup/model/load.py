@@ -21,6 +21,9 @@ from trueup.errors import ModelError
 
 HEAD_TOLERANCE = 1e-3
 """Largest relative difference between our head and the checkpoint's own forward pass before the load is refused."""
+COMPANION_SUFFIXES = (".json", ".txt", ".model", ".jinja")
+PUBLISHED_NAMES = ("manifest.json", "state.json")
+"""Files of a published version, if the checkpoint is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +103,23 @@ def checkpoint_digest(path: Path) -> str:
     except safetensors.SafetensorError as error:
         raise ModelError(f"a weight file in {path} is damaged: {error}") from None
     return digest.hexdigest()
+
+
+def companion_files(path: Path, dtype: torch.dtype) -> dict[str, bytes]:
+    """Configuration, tokenizer and the like of a checkpoint, by name: what makes weights in `dtype` one of their own.
+
+    Raises ModelError when the folder is no checkpoint.
+    """
+    _files(path)
+    found = {
+        file.name: file.read_bytes()
+        for file in sorted(path.iterdir())
+        if file.is_file() and file.suffix in COMPANION_SUFFIXES and not file.name.endswith(".index.json")
+    }
+    config = json.loads(found["config.json"])
+    config.pop("torch_dtype", None)
+    found["config.json"] = json.dumps(config | {"dtype": str(dtype).removeprefix("torch.")}, indent=2).encode()
+    return {name: found[name] for name in found if name not in PUBLISHED_NAMES}
 
 
 def load_model(path: Path, *, dtype: torch.dtype, device: str = "cpu") -> LoadedModel:

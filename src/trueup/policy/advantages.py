@@ -77,7 +77,7 @@ def batch_normalised(
     """(R - group mean) / (standard deviation over the batch + eps), [S].
 
     `spread_of`: "advantages" divides by the deviation of R - group mean (ScaleRL, arXiv 2510.13786, section 3.2),
-    "rewards" by that of R (TRL's scale_rewards="batch"); both divide by n - 1.
+    "rewards" by that of R (TRL's scale_rewards="batch"); both divide by n - 1. Raises NumericsError for anything else.
     """
     if spread_of not in ("advantages", "rewards"):
         raise NumericsError(f"spread_of must be advantages or rewards, not {spread_of!r}")

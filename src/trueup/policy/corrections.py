@@ -34,6 +34,12 @@ class Correction:
     truncated_T: Tensor
     acts_on: tuple[Component, ...] = CORRECTED
 
+    def of(self, token_T: Tensor) -> Correction:
+        """The same for some tokens (positions)."""
+        return Correction(
+            weight_T=self.weight_T[token_T], kept_T=self.kept_T[token_T], truncated_T=self.truncated_T[token_T]
+        )
+
     def then(self, other: Correction) -> Correction:
         """Both: weights multiply, what either drops is dropped."""
         return Correction(
@@ -141,6 +147,7 @@ def vcpo_scale(log_ratio_T: Tensor, row_T: Tensor, *, on_policy_ess: float = 1.0
 
     The ESS is of untruncated sequence weights, as a share of the sequences. `on_policy_ess` is what it is at lag 0
     (1.0; the authors report 0.55 for multi-turn tools). Capped at 1: the learning rate was chosen for on-policy data.
+    Raises NumericsError for an ESS outside (0, 1] or a ratio that is not finite.
     """
     if not 0 < on_policy_ess <= 1:
         raise NumericsError(f"on_policy_ess must lie in (0, 1], not {on_policy_ess}")

@@ -134,7 +134,7 @@ def kl_term(
 
     k1: log(pi/ref). k2: half its square. k3: ref/pi - log(ref/pi) - 1. `weight_T` = pi/old makes the estimate of stale
     tokens unbiased (DeepSeek-V3.2; TRL's use_bias_correction_kl); it may carry a gradient. `reference_T` comes from a
-    forward pass of the reference policy over the same tokens.
+    forward pass of the reference policy over the same tokens. Raises NumericsError for another estimator.
     """
     _same_length(logprobs_T, reference_T)
     log_ratio_T = reference_T - logprobs_T

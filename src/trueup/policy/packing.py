@@ -140,7 +140,7 @@ def pack(groups: Sequence[RolloutGroup]) -> TrainingBatch:
 
 
 def with_advantages(batch: TrainingBatch, advantage_S: Tensor, kept_S: Tensor) -> TrainingBatch:
-    """The batch with its advantages [S] and the sequences that take part [S] (bool)."""
+    """The batch with its advantages [S] and who takes part [S] (bool). Raises RecordError for other sizes."""
     for name, values in (("advantages", advantage_S), ("filters", kept_S)):
         if values.shape != batch.reward_S.shape:
             raise RecordError(f"{name} have shape {tuple(values.shape)} for {len(batch.reward_S)} sequences")
@@ -177,17 +177,18 @@ def _or_none(values_T: Tensor) -> tuple[float, ...] | None:
     return None if bool(values_T.isnan().any()) else tuple(values_T.tolist())
 
 
-def micro_batches(batch: TrainingBatch, *, max_tokens: int, shared_prompts: bool) -> list[list[int]]:
-    """Sequences to run together, each list at most `max_tokens` tokens where a single sequence allows it.
+def micro_batches(
+    batch: TrainingBatch, *, rows: Sequence[int] | None = None, max_tokens: int, shared_prompts: bool
+) -> list[list[int]]:
+    """Sequences to run together (of `rows`, or all that take part): each list at most `max_tokens` tokens where a
+    single sequence allows it.
 
     A prompt counts once for neighbouring completions of its group if `shared_prompts`, else once for each. Order is
-    kept, so that a group stays together as far as the budget goes. Sequences that take no part are left out.
+    kept, so that a group stays together as far as the budget goes.
     """
     chunks: list[list[int]] = []
     used, last_group = 0, -1
-    for row in range(len(batch.facts)):
-        if not batch.kept_S[row]:
-            continue
+    for row in batch.kept_S.nonzero()[:, 0].tolist() if rows is None else rows:
         group, prompt = int(batch.group_S[row]), len(batch.prompt_of(row).token_ids)
         own = int(batch.length_S[row])
         cost = own + (0 if shared_prompts and group == last_group else prompt)

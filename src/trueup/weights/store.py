@@ -143,12 +143,12 @@ class WeightStore:
         version: int,
         tensors: Mapping[str, Tensor],
         *,
-        files: Mapping[str, str] | None = None,
+        files: Mapping[str, bytes] | None = None,
         step: Callable[[str], None] = lambda name: None,
     ) -> WeightSnapshot:
         """Write a version so that it is either complete or absent, even if the process is killed, and return it.
 
-        `files` are further text files by name. `step` is called with the name of each file once it is on disk. Raises
+        `files` are further files by name. `step` is called with the name of each file once it is on disk. Raises
         WeightError when the version exists or the tensors are not finite; OSError (disk full) leaves no version behind.
         """
         target = self.folder(version)
@@ -161,15 +161,15 @@ class WeightStore:
                 shutil.rmtree(leftover)
         work.mkdir(parents=True)
         try:
-            for name, text in (files or {}).items():
-                _write(work / name, text)
+            for name, content in (files or {}).items():
+                _write(work / name, content)
             contents = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
             save_file(contents, work / WEIGHTS_FILE, metadata={"format": "pt"})
             _sync(work / WEIGHTS_FILE)
             step(WEIGHTS_FILE)
-            _write(work / MANIFEST_FILE, manifest.to_json())
+            _write(work / MANIFEST_FILE, manifest.to_json().encode())
             step(MANIFEST_FILE)
-            _write(work / COMPLETE_FILE, manifest.digest)
+            _write(work / COMPLETE_FILE, manifest.digest.encode())
             _sync(work)
             step(COMPLETE_FILE)
             os.replace(work, target)
@@ -203,6 +203,10 @@ class WeightStore:
         if not self._holders[version]:
             del self._holders[version]
 
+    def holds(self, version: int, holder: str) -> bool:
+        """Whether a holder keeps a version."""
+        return holder in self._holders.get(version, set())
+
     def prune(self) -> list[int]:
         """Delete versions that nobody holds, but never the newest; return what was deleted."""
         gone = [v for v in self.versions()[:-1] if v not in self._holders]
@@ -212,8 +216,8 @@ class WeightStore:
         return gone
 
 
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
     _sync(path)
 
 

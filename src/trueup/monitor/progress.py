@@ -1,0 +1,42 @@
+"""What is shown while batches are trained on: one line that changes, on the terminal only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+SHOWN = (
+    ("reward", "reward/all/mean", "{:.3f}"),
+    ("loss", "loss/total", "{:+.4f}"),
+    ("grad", "grad/norm/mean", "{:.2g}"),
+    ("gap rms", "gap/log_ratio/rms", "{:.2g}"),
+    ("ESS", "gap/ess/token", "{:.4f}"),
+    ("clip", "policy/clip/fraction", "{:.2%}"),
+)
+
+
+class TrainProgress:
+    """A progress bar over batches with the last batch's numbers."""
+
+    def __init__(self, console: Console, *, total: int | None, done: int) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())
+        self._progress = Progress(*columns, TextColumn("{task.fields[numbers]}"), console=console)
+        self._task = self._progress.add_task("batch", total=total, completed=done, numbers="")
+
+    def __enter__(self) -> TrainProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def batch(self, metrics: Mapping[str, float]) -> None:
+        """Show that a batch is done, with its numbers."""
+        self._progress.update(self._task, advance=1, numbers=line_of(metrics))
+
+
+def line_of(metrics: Mapping[str, float]) -> str:
+    """The numbers of a batch in one line, for those that were measured."""
+    return "  ".join(f"{title} {form.format(metrics[name])}" for title, name, form in SHOWN if name in metrics)

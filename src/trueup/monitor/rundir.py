@@ -1,0 +1,80 @@
+"""The run folder: the interface of a run. Resume, replay and comparison read only what lies in it.
+
+config.json (resolved), env.json, metrics.jsonl, rollouts/, weights/vNNNNNN/, checkpoints/vNNNNNN/, summary.json.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from trueup.config import Config, dump_config
+from trueup.env import describe
+from trueup.errors import ConfigError
+
+MAY_CHANGE = ("train.steps", "train.checkpoint_every", "train.keep_checkpoints", "train.run", "train.from_log")
+"""Knobs that do not decide what a batch computes: a resumed run may have other ones."""
+OWN_SECTIONS = ("train", "objective", "correction", "optimizer")
+
+
+class RunFolder:
+    """An open run; no other process can open it meanwhile."""
+
+    def __init__(self, path: Path, lock: TextIO) -> None:
+        self.path, self._lock = path, lock
+
+    @classmethod
+    def create(cls, path: Path, config: Config, recipe: Mapping[str, Any]) -> RunFolder:
+        """Make a new run; `recipe` is the resolved update, written beside the configuration.
+
+        Raises ConfigError when the folder holds a run already.
+        """
+        if (path / "config.json").exists():
+            raise ConfigError(f"{path} holds a run already: pass --resume to go on with it, or another train.run")
+        path.mkdir(parents=True, exist_ok=True)
+        run = cls(path, _locked(path))
+        content = json.loads(dump_config(config)) | {"recipe": recipe}
+        run.write("env.json", describe())
+        run.write("config.json", content)
+        return run
+
+    @classmethod
+    def resume(cls, path: Path, config: Config) -> RunFolder:
+        """Open a run again. Raises ConfigError when there is none, or the configuration computes something else."""
+        file = path / "config.json"
+        if not file.is_file():
+            raise ConfigError(f"{path} holds no run to resume (config.json is missing)")
+        before = json.loads(file.read_text(encoding="utf-8"))
+        now = json.loads(dump_config(config))
+        for section in OWN_SECTIONS:
+            for name, value in now[section].items():
+                if f"{section}.{name}" not in MAY_CHANGE and before.get(section, {}).get(name) != value:
+                    raise ConfigError(
+                        f"{section}.{name} is {value!r} now and was {before.get(section, {}).get(name)!r} when the run "
+                        "began: resume with the same, or start another run"
+                    )
+        return cls(path, _locked(path))
+
+    def write(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file whole or not at all."""
+        part = self.path / f".{name}.part"
+        part.write_text(json.dumps(content, indent=2), encoding="utf-8")
+        os.replace(part, self.path / name)
+
+    def close(self) -> None:
+        """Let others open the run."""
+        self._lock.close()
+
+
+def _locked(path: Path) -> TextIO:
+    handle = (path / ".lock").open("w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        handle.close()
+        raise ConfigError(f"{path} is in use by another process") from None
+    return handle

@@ -1,0 +1,1 @@
+"""From rollouts to updates: the rollout log, the trainer, its checkpoints."""

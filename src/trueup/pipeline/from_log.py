@@ -1,0 +1,144 @@
+"""Training on a rollout log alone: no engine, no clock, no random number.
+
+The same log, model and configuration give the same weights, however often the run was killed on the way.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from trueup.config import Config
+from trueup.errors import ConfigError, NothingToLearn, TrainingError
+from trueup.model.load import checkpoint_digest, companion_files
+from trueup.monitor.metric_log import MetricLog
+from trueup.monitor.progress import TrainProgress
+from trueup.monitor.rundir import RunFolder
+from trueup.pipeline.checkpoint import Checkpoints, RunState
+from trueup.pipeline.recipe import recipe_of
+from trueup.pipeline.rollout_log import read_groups
+from trueup.pipeline.trainer import Trainer
+from trueup.types import RolloutGroup
+from trueup.weights.snapshot import manifest_of
+from trueup.weights.store import WeightStore
+
+
+def train_from_log(config: Config, *, resume: bool, console: Console) -> dict[str, Any]:
+    """Train on the groups of `train.from_log` in their order, `train.groups` a batch; returns the summary.
+
+    A last batch that is not full is not trained on. A batch without a gradient is counted and skipped. Ends with a
+    checkpoint, and with the weights published as a loadable checkpoint. Raises TrueupError; the run can then be resumed
+    from its last checkpoint.
+    """
+    train = config.train
+    if train.from_log is None or train.model is None or train.run is None:
+        missing = [n for n in ("from_log", "model", "run") if getattr(train, n) is None]
+        raise ConfigError(f"train.{missing[0]} is missing")
+    recipe = recipe_of(config)
+    if next(_batches(train.from_log, size=train.groups, skip=0), None) is None:
+        raise TrainingError(f"{train.from_log} holds fewer than {train.groups} groups, one batch (train.groups)")
+    if train.threads is not None:
+        torch.set_num_threads(train.threads)
+    digest = checkpoint_digest(train.model)
+    trainer = Trainer(config)  # before a run folder is made, so that a model that cannot be used leaves none behind
+    run = RunFolder.resume(train.run, config) if resume else RunFolder.create(train.run, config, recipe.as_dict())
+    try:
+        return _Run(trainer, run, digest).go(console)
+    finally:
+        run.close()
+
+
+def _batches(log: Path, *, size: int, skip: int) -> Iterator[list[RolloutGroup]]:
+    """Full batches, after the first `skip` of them."""
+    groups = (group for _, group in read_groups(log, start=skip * size))
+    while len(batch := list(islice(groups, size))) == size:
+        yield batch
+
+
+class _Run:
+    def __init__(self, trainer: Trainer, run: RunFolder, digest: str) -> None:
+        train = trainer.config.train
+        assert train.from_log is not None and train.model is not None
+        self.train, self.run, self.log, self.model = train, run, train.from_log, train.model
+        self.trainer = trainer
+        self.checkpoints = Checkpoints(run.path / "checkpoints", keep=train.keep_checkpoints)
+        self.state = RunState(batches=0, skipped=0, version=0, optimizer_steps=0, model_digest=digest)
+        if self.checkpoints.newest() is not None:
+            self.state = self.checkpoints.load(self.trainer, model_digest=digest)
+        self.metrics = MetricLog(run.path / "metrics.jsonl", batches=self.state.batches)
+        self.tokens = 0
+
+    def go(self, console: Console) -> dict[str, Any]:
+        start, resumed_after = time.perf_counter(), self.state.batches
+        batches = _batches(self.log, size=self.train.groups, skip=self.state.batches)
+        left = None if self.train.steps is None else max(0, self.train.steps - self.state.batches)
+        with TrainProgress(console, total=self.train.steps, done=self.state.batches) as progress:
+            for batch in islice(batches, left):
+                progress.batch(self._batch(batch))
+                if self.state.batches % self.train.checkpoint_every == 0:
+                    self.checkpoints.save(self.trainer, self.state)
+        if self.state.version == 0:
+            raise NothingToLearn(f"none of {self.state.batches} batches had a gradient; the weights are the model's")
+        self.checkpoints.save(self.trainer, self.state)
+        published = self._publish()
+        summary = {
+            "batches": self.state.batches,
+            "skipped_batches": self.state.skipped,
+            "resumed_after_batch": resumed_after,
+            "version": self.state.version,
+            "optimizer_steps": self.state.optimizer_steps,
+            "tokens": self.tokens,
+            "seconds": time.perf_counter() - start,
+            "weights": str(published.relative_to(self.run.path.resolve())),
+        }
+        self.run.write("summary.json", summary)
+        return summary
+
+    def _batch(self, groups: list[RolloutGroup]) -> dict[str, float]:
+        number, skipped = self.state.batches + 1, self.state.skipped
+        try:
+            report = self.trainer.step(groups)
+        except NothingToLearn as error:
+            skipped += 1
+            record: dict[str, Any] = {"version": self.trainer.version, "skipped": str(error)}
+            metrics: dict[str, float] = {}
+        except TrainingError as error:
+            raise TrainingError(f"batch {number}: {error}") from None
+        else:
+            metrics = report.metrics
+            self.tokens += int(metrics["tokens/trained/count"])
+            record = {"version": report.version} | metrics
+            record |= {f"time/{phase}_s": seconds for phase, seconds in report.phase_s.items()}
+        self.state = RunState(
+            batches=number,
+            skipped=skipped,
+            version=self.trainer.version,
+            optimizer_steps=self.trainer.weights.steps,
+            model_digest=self.state.model_digest,
+        )
+        self.metrics.append(number, record)
+        return metrics
+
+    def _publish(self) -> Path:
+        """Publish the weights, unless a run that was killed right after did."""
+        store = WeightStore(self.run.path / "weights")
+        tensors, version = self.trainer.weights.published(), self.trainer.version
+        if version in store.versions():
+            snapshot = store.open(version)
+            if snapshot.manifest.digest != manifest_of(version, tensors).digest:
+                raise TrainingError(f"{snapshot.path} holds other weights than this run has at version {version}")
+            return snapshot.path
+        try:
+            files = companion_files(self.model, self.trainer.model.dtype)
+            return store.publish(version, tensors, files=files).path
+        except OSError as error:
+            raise TrainingError(
+                f"version {version} cannot be published ({error}); the checkpoint after batch {self.state.batches} is "
+                "complete: make room and resume"
+            ) from None

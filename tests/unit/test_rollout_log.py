@@ -1,0 +1,111 @@
+"""The rollout log: nothing lost, nothing twice, whatever the moment of a crash."""
+
+import errno
+import os
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.unit.test_packing import groups
+
+from trueup.errors import RecordError, TraceError
+from trueup.pipeline import rollout_log
+from trueup.pipeline.rollout_log import RolloutLog, group_from_json, read_groups
+
+quiet = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+
+
+@quiet
+@given(made=groups())
+def test_what_is_appended_is_read_back_equal(tmp_path_factory, made):
+    folder = tmp_path_factory.mktemp("log")
+    log = RolloutLog(folder)
+    assert [log.append(g) for g in made] == list(range(len(made)))
+    assert list(read_groups(folder)) == list(enumerate(made))
+    assert [n for n, _ in read_groups(folder, start=1)] == list(range(1, len(made)))
+
+
+@quiet
+@given(made=groups(), data=st.data())
+def test_a_crash_at_any_byte_loses_the_last_line_only(tmp_path_factory, made, data):
+    folder = tmp_path_factory.mktemp("log")
+    log = RolloutLog(folder)
+    for group in made:
+        log.append(group)
+    log.close()
+    file = folder / "000000.jsonl"
+    whole = file.read_bytes()
+    cut = data.draw(st.integers(0, len(whole)))
+    file.write_bytes(whole[:cut])
+    finished = whole[:cut].count(b"\n")
+    assert list(read_groups(folder)) == list(enumerate(made[:finished]))
+    again = RolloutLog(folder)
+    assert again.count == finished and (again.torn > 0) == (not whole[:cut].endswith(b"\n") and cut > 0)
+    for group in made[finished:]:
+        again.append(group)
+    assert list(read_groups(folder)) == list(enumerate(made)) and file.read_bytes() == whole
+
+
+@quiet
+@given(made=groups(), data=st.data())
+def test_a_changed_byte_is_noticed(tmp_path_factory, made, data):
+    folder = tmp_path_factory.mktemp("log")
+    log = RolloutLog(folder)
+    for group in made:
+        log.append(group)
+    log.close()
+    file = folder / "000000.jsonl"
+    content = bytearray(file.read_bytes())
+    at = data.draw(st.integers(0, len(content) - 2))
+    content[at] ^= data.draw(st.integers(1, 255))
+    file.write_bytes(bytes(content))
+    with pytest.raises(TraceError, match=r"000000\.jsonl, line \d+"):
+        list(read_groups(folder))
+
+
+@quiet
+@given(made=groups())
+def test_segments_follow_one_another_and_a_missing_one_is_noticed(tmp_path_factory, monkeypatch, made):
+    folder = tmp_path_factory.mktemp("log")
+    with monkeypatch.context() as patch:
+        patch.setattr(rollout_log, "SEGMENT_BYTES", 1)
+        log = RolloutLog(folder)
+        for group in made:
+            log.append(group)
+        again = RolloutLog(folder)
+        again.append(made[0])
+    assert len(list(folder.iterdir())) == len(made) + 1
+    assert [g for _, g in read_groups(folder)] == [*made, made[0]]
+    (folder / "000000.jsonl").unlink()
+    with pytest.raises(TraceError, match="gap"):
+        list(read_groups(folder))
+
+
+@quiet
+@given(made=groups())
+def test_a_full_disk_leaves_the_log_as_it_was(tmp_path_factory, monkeypatch, made):
+    folder = tmp_path_factory.mktemp("log")
+    log = RolloutLog(folder)
+    log.append(made[0])
+    before = (folder / "000000.jsonl").read_bytes()
+    with monkeypatch.context() as patch:
+
+        def full(handle):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        patch.setattr(rollout_log.os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            log.append(made[0])
+    assert (folder / "000000.jsonl").read_bytes() == before and log.count == 1
+    assert log.append(made[0]) == 1
+    assert len(list(read_groups(folder))) == 2
+
+
+def test_what_is_no_log_is_refused(tmp_path):
+    with pytest.raises(TraceError, match="no folder"):
+        list(read_groups(tmp_path / "absent"))
+    with pytest.raises(TraceError, match="no segments"):
+        list(read_groups(tmp_path))
+    for content in (None, {"schema": "other"}, {"schema": rollout_log.SCHEMA, "number": 0}):
+        with pytest.raises(RecordError):
+            group_from_json(content)
