@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from trueup.config import Config
-from trueup.errors import ConfigError, NothingToLearn, TrainingError
+from trueup.errors import ConfigError, NothingToLearn, TrainingError, TrueupError
 from trueup.model.load import checkpoint_digest, companion_files
 from trueup.monitor.metric_log import MetricLog
 from trueup.monitor.progress import TrainProgress
@@ -108,7 +108,7 @@ class _Run:
             skipped += 1
             record: dict[str, Any] = {"version": self.trainer.version, "skipped": str(error)}
             metrics: dict[str, float] = {}
-        except TrainingError as error:
+        except TrueupError as error:
             raise TrainingError(f"batch {number}: {error}") from None
         else:
             metrics = report.metrics

@@ -12,10 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from trueup.config import Config
 from trueup.errors import ConfigError, NothingToLearn, TrainingError
@@ -275,9 +277,11 @@ class Trainer:
 def _checkpoint_layers(model: LoadedModel) -> None:
     """Recompute each layer's activations in the backward pass. The layers alone are told that they train, so that
     nothing inside them (dropout) does."""
-    model.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    layers = [m for m in model.lm.modules() if getattr(m, "gradient_checkpointing", False)]
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [m for m in model.lm.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
-        raise ConfigError(f"{type(model.lm).__name__} offers no gradient checkpointing")
+        raise ConfigError(f"{type(model.lm).__name__} offers no gradient checkpointing: leave it off")
     for layer in layers:
-        layer.training = True
+        layer.gradient_checkpointing = layer.training = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
