@@ -316,6 +316,16 @@ def test_rollouts_of_another_policy_or_vocabulary_are_refused(tiny, groups):
     trainer.step(changed(logprob_kind=LogprobKind.RAW))  # at temperature 1 raw is processed
 
 
+def test_a_checkpoint_of_another_model_changes_nothing(tiny, tmp_path):
+    trainer = trainer_of(tiny)
+    before = everything(trainer)
+    for shape in ({"hidden_size": 32}, {"num_hidden_layers": 1}):
+        other = trainer_of(make_tiny(tmp_path / str(shape), **shape))
+        with pytest.raises(TrainingError, match="checkpoint is of another model"):
+            trainer.weights.restore(other.weights.state(), steps=3)
+        assert_unchanged(trainer, before)
+
+
 def test_recipes_that_contradict_themselves_are_refused(tiny):
     for objective, correction, text in (
         ({"old": "bypass"}, {"kind": "truncate_tokens"}, "a second time"),
