@@ -17,28 +17,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import select
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from side import Side, answer
+
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "smollm2-135m"
 PROMPT_TOKENS, NEW_TOKENS, VOCAB = 32, 48, 49152
-ANSWER = "ANSWER "
-START_TIMEOUT_S, ROUND_TIMEOUT_S = 900, 600
+ROUND_TIMEOUT_S = 600
 VLLM_VARIABLES = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 OURS, OURS_FP32 = "trueup", "trueup fp32 head"
-
-
-def answer(content: Any) -> None:
-    """Hand a result to the parent, past whatever the libraries print."""
-    print(ANSWER + json.dumps(content), flush=True)
 
 
 def serve_rounds(generate: Any) -> None:
@@ -117,50 +110,10 @@ def vllm_worker(eager: bool) -> None:
     serve_rounds(generate)
 
 
-class Side:
-    """A worker process: started, warmed, asked round by round."""
-
-    def __init__(self, name: str, command: list[str], variables: dict[str, str]) -> None:
-        self.name = name
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1,
-            env=dict(os.environ) | variables,
-        )  # fmt: skip
-        self.read(START_TIMEOUT_S)
-
-    def read(self, timeout_s: float) -> Any:
-        """Return the next answer, past other output."""
-        assert self.process.stdout is not None
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            if not select.select([self.process.stdout], [], [], 1.0)[0]:
-                if self.process.poll() is not None:
-                    break
-                continue
-            line = self.process.stdout.readline()
-            if not line:
-                break
-            if ANSWER in line:
-                return json.loads(line.split(ANSWER, 1)[1])
-        raise SystemExit(f"{self.name}: no answer (exit {self.process.poll()})")
-
-    def tokens_per_second(self, prompts: list[list[int]]) -> float:
-        """Run one round."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(prompts) + "\n")
-        self.process.stdin.flush()
-        content = self.read(ROUND_TIMEOUT_S)
-        return content["tokens"] / content["seconds"]
-
-    def stop(self) -> None:
-        """End the process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        try:
-            self.process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait(timeout=30)
+def tokens_per_second(side: Side, prompts: list[list[int]]) -> float:
+    """Run one round."""
+    content = side.ask(prompts, ROUND_TIMEOUT_S)
+    return content["tokens"] / content["seconds"]
 
 
 def commands(wanted: list[str]) -> dict[str, tuple[list[str], dict[str, str]]]:
@@ -257,7 +210,7 @@ def run(sides: dict[str, Side], rounds: int, batches: list[int]) -> dict[str, ob
     for name, side in sides.items():
         warm[name] = {}
         for batch in batches:
-            tries = [side.tokens_per_second(prompts_of(batch, -k)) for k in range(3)]
+            tries = [tokens_per_second(side, prompts_of(batch, -k)) for k in range(3)]
             warm[name][batch] = max(tries)
         print("warm", name, {b: round(v) for b, v in warm[name].items()}, flush=True)
     vllm = pick_vllm(warm)
@@ -266,7 +219,7 @@ def run(sides: dict[str, Side], rounds: int, batches: list[int]) -> dict[str, ob
     for index in range(rounds):
         for batch in batches:
             for name in kept if index % 2 == 0 else reversed(kept):
-                speed[name][batch].append(sides[name].tokens_per_second(prompts_of(batch, 1000 * batch + index)))
+                speed[name][batch].append(tokens_per_second(sides[name], prompts_of(batch, 1000 * batch + index)))
         print(f"round {index + 1}", {n: {b: round(v[-1]) for b, v in speed[n].items()} for n in kept}, flush=True)
     result: dict[str, object] = {
         "model": MODEL.name, "prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS, "rounds": rounds,
