@@ -21,7 +21,7 @@ class TrainProgress:
     """A progress bar over batches with the last batch's numbers."""
 
     def __init__(self, console: Console, *, total: int | None, done: int) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=10), MofNCompleteColumn(), TimeElapsedColumn())
         self._progress = Progress(*columns, TextColumn("{task.fields[numbers]}"), console=console)
         self._task = self._progress.add_task("batch", total=total, completed=done, numbers="")
 
