@@ -338,3 +338,28 @@ def test_recipes_that_contradict_themselves_are_refused(tiny):
         with pytest.raises(ConfigError, match=text):
             trainer_of(tiny, objective=objective, correction=correction)
     trainer_of(tiny, objective={"old": "bypass"}, correction={"kind": "geometric_band", "veto": 1e-4})
+
+
+def test_normalised_weights_have_mean_one_over_the_sequences_that_take_part(tiny, groups):
+    """With rewards of one prompt all equal, that prompt is dropped and in no mean."""
+    some = [dataclasses.replace(groups[0], rewards=(1.0,) * 4), *groups[1:]]
+    shifted = [
+        dataclasses.replace(
+            g,
+            rollouts=tuple(
+                dataclasses.replace(r, behaviour_logprobs=tuple(v - 0.2 for v in r.behaviour_logprobs))
+                for r in g.rollouts
+            ),
+        )
+        for g in some
+    ]
+    metrics = []
+    for normalise in (False, True):
+        trainer = trainer_of(
+            tiny, objective={"drop_zero_variance": True},
+            correction={"kind": "truncate_tokens", "normalise": normalise},
+        )  # fmt: skip
+        metrics.append(trainer.step(shifted).metrics)
+    assert metrics[0]["gap/ratio/mean_applied"] == pytest.approx(math.exp(0.2), rel=1e-4)
+    assert metrics[1]["gap/ratio/mean_applied"] == pytest.approx(1.0, rel=1e-6)
+    assert metrics[1]["sequences/filtered/count"] == 4

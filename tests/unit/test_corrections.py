@@ -81,6 +81,9 @@ def test_two_corrections_in_a_row_and_normalised_weights():
     close(both.weight_T, [2.0, 0.5, 0.0, 0.0, 0.0, 2.0])
     assert both.kept_T.tolist() == [True, True, False, False, False, True]
     close(both.normalised().weight_T, [4 / 3, 1 / 3, 0.0, 0.0, 0.0, 4 / 3])
+    part = both.of(torch.tensor([0, 5]))
+    close(part.spread(torch.tensor([3, 1]), 4).weight_T, [0.0, 2.0, 0.0, 2.0])
+    assert part.spread(torch.tensor([3, 1]), 4).kept_T.tolist() == [False, True, False, True]
     assert float(both.normalised().weight_T[both.kept_T].mean()) == pytest.approx(1.0)
 
 

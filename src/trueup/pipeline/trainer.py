@@ -269,9 +269,10 @@ class Trainer:
         return kl_term(logprobs_T, reference_T, estimator=self.recipe.kl_estimator, weight_T=weight_T)
 
     def _correction(self, batch: TrainingBatch, proximal_T: Tensor) -> Correction:
-        """The correction of the whole batch; sequences that take no part have ratio 1 and do not count."""
-        log_ratio_T = torch.where(batch.kept_T, proximal_T.double() - batch.behaviour_logprobs_T, 0.0)
-        return self.recipe.correct(log_ratio_T, batch.row_T)
+        """The correction of the whole batch; sequences that take no part are dropped, and in no mean."""
+        at_T = batch.kept_T.nonzero()[:, 0]
+        log_ratio_T = proximal_T.double() - batch.behaviour_logprobs_T
+        return self.recipe.correct(log_ratio_T[at_T], batch.row_T[at_T]).spread(at_T, len(log_ratio_T))
 
 
 def _checkpoint_layers(model: LoadedModel) -> None:

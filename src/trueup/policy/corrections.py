@@ -40,6 +40,12 @@ class Correction:
             weight_T=self.weight_T[token_T], kept_T=self.kept_T[token_T], truncated_T=self.truncated_T[token_T]
         )
 
+    def spread(self, token_T: Tensor, size: int) -> Correction:
+        """The same as part of `size` tokens, at the positions given; the others are dropped."""
+        values = (self.weight_T, self.kept_T, self.truncated_T)
+        weight_T, kept_T, truncated_T = (v.new_zeros(size).index_copy(0, token_T, v) for v in values)
+        return Correction(weight_T=weight_T, kept_T=kept_T, truncated_T=truncated_T)
+
     def then(self, other: Correction) -> Correction:
         """Both: weights multiply, what either drops is dropped."""
         return Correction(
