@@ -1,11 +1,12 @@
 """Training benchmark: a trainer step of trueup against transformers with TRL 1.13's GRPO loss, SmolLM2-135M.
 
 Every side is a process that stays up and takes optimiser steps on the same batch: 4 prompts of 160 tokens, 8
-completions of 96 tokens each, both cores, the same tokens a forward pass, no KL term, AdamW, one step a batch. TRL's side
-calls GRPOTrainer's own loss on its padded micro-batches of 8 sequences, then backward, clipping and torch's fused AdamW, on a
-model in the dtype given (bfloat16: TRL's usual set-up has the optimiser in bfloat16 too; trueup keeps float32 masters).
-trueup runs with prompts shared and apart. Rounds are interleaved; a ratio is the median over rounds of trueup's loss
-tokens per second over TRL's in the same round. Peak memory is each process's own (VmHWM), the model included.
+completions of 96 tokens each, both cores, the same tokens a forward pass, no KL term, AdamW, one step a batch. TRL's
+side calls GRPOTrainer's own loss on its padded micro-batches of 8 sequences, then backward, clipping and torch's fused
+AdamW, on a model in the dtype given (bfloat16: TRL's usual set-up has the optimiser in bfloat16 too; trueup keeps
+float32 masters, and its head multiplies in float32). trueup runs with prompts shared and apart. Rounds are interleaved;
+a ratio is the median over rounds of trueup's loss tokens per second over TRL's in the same round. Peak memory is each
+process's own (VmHWM), the model included.
 
 The last line is one JSON object: for each dtype tokens_per_second, peak_mib and phase shares of every side,
 over_trl_step (shared prompts), over_trl_step_apart, memory_ratio (TRL / trueup), shared_over_apart.
