@@ -129,7 +129,13 @@ def test_pi_prox_is_pi_at_the_first_step_only(tiny, groups):
 def test_interpolation_needs_no_pass_and_equals_decoupled_at_the_first_step(tiny, groups):
     first = trainer_of(tiny).step(groups).metrics
     second = trainer_of(tiny, objective={"old": "interpolated"}).step(groups)
-    assert second.metrics["grad/norm/mean"] == first["grad/norm/mean"] and "proximal" not in second.phase_s
+    assert second.metrics["grad/norm/mean"] == first["grad/norm/mean"]
+    rate = {"lr": 1e-4}
+    several = trainer_of(tiny, objective={"old": "interpolated"}, minibatches=4, optimizer=rate).step(groups)
+    exact = trainer_of(tiny, minibatches=4, optimizer=rate).step(groups)
+    assert "proximal" not in several.phase_s and "proximal" in exact.phase_s
+    # On-policy tokens: a = 0 after the first step, so that the guess is mu, which is pi_prox but for rounding.
+    assert several.metrics["policy/kl_old/k3"] == pytest.approx(exact.metrics["policy/kl_old/k3"], rel=0.05)
 
 
 def test_micro_batches_and_sharing_do_not_change_the_update(tiny, groups):
@@ -259,6 +265,16 @@ def test_an_empty_batch_and_one_without_a_gradient(tiny, groups):
         trainer.step(flat)
     with pytest.raises(NothingToLearn, match="filters left none of 16"):
         trainer_of(tiny, objective={"drop_zero_variance": True}).step(flat)
+    assert_unchanged(trainer, before)
+    assert trainer.version == 0 and trainer.weights.steps == 0
+
+
+def test_a_gradient_of_exactly_zero_takes_no_step(tiny, groups):
+    """Everything rejected by the correction, or everything clipped: not even decay moves the policy."""
+    trainer = trainer_of(tiny, correction={"kind": "geometric_band", "lower": 2.0, "upper": 3.0})
+    before = everything(trainer)
+    with pytest.raises(NothingToLearn, match="the correction drops 100% of the tokens"):
+        trainer.step(groups)
     assert_unchanged(trainer, before)
     assert trainer.version == 0 and trainer.weights.steps == 0
 

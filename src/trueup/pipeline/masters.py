@@ -76,9 +76,10 @@ class MasterWeights:
         for master in self.masters.values():
             master.grad = None
 
-    def step(self, *, lr_scale: float = 1.0) -> StepNumbers:
+    def step(self, *, lr_scale: float = 1.0) -> StepNumbers | None:
         """Clip, update the masters, round them into the model, and drop the gradients.
 
+        A gradient of exactly zero takes no step (None): momentum and decay would move the policy without a reason.
         Raises TrainingError, with nothing changed, when the gradient is not finite or there is none.
         """
         gradients = [m.grad for m in self.masters.values() if m.grad is not None]
@@ -92,6 +93,9 @@ class MasterWeights:
                 f"the gradient is not finite, first in {bad[0] if bad else 'its norm'} ({len(bad)} tensors); the step "
                 "was not taken, weights and optimiser are as before it"
             )
+        if norm == 0:
+            self.forget_gradients()
+            return None
         factor = min(1.0, self.settings.clip_norm / (norm + 1e-6))
         if factor < 1:
             torch._foreach_mul_(gradients, factor)

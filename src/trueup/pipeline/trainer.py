@@ -125,6 +125,14 @@ class Trainer:
         for epoch in range(self.config.train.epochs):
             for rows in self._minibatches(batch):
                 self._minibatch(batch, rows, reference_T, known, observed if epoch == 0 else None, phases)
+        if not known.steps:
+            dropped, clipped = (
+                float(t[observed.seen_T].double().mean()) for t in (observed.dropped_T, observed.clipped_T)
+            )
+            raise NothingToLearn(
+                f"the gradient is exactly zero: the correction drops {dropped:.0%} of the tokens, the objective clips "
+                f"{clipped:.0%}"
+            )
         self.version += 1
         return StepReport(
             version=self.version,
@@ -145,8 +153,8 @@ class Trainer:
 
     def _needs_proximal_pass(self) -> bool:
         """Whether pi_prox must be known before the first step, and is not just pi at the first and only one."""
-        train = self.config.train
-        return train.epochs * train.minibatches > 1 or self.recipe.normalise
+        several = self.config.train.epochs * self.config.train.minibatches > 1
+        return self.recipe.normalise or (several and self.recipe.old != OldPolicy.INTERPOLATED)
 
     @torch.no_grad()
     def _score_all(self, model: LoadedModel, batch: TrainingBatch, phases: Phases) -> Scored:
@@ -207,7 +215,8 @@ class Trainer:
                 ratios = [torch.cat(parts) for parts in zip(*log_ratios, strict=True)]
                 scale = vcpo_scale(ratios[0], ratios[1], on_policy_ess=self.recipe.vcpo_ess)
             with phases.measure("optimizer"):
-                known.steps.append(self.weights.step(lr_scale=scale))
+                taken = self.weights.step(lr_scale=scale)
+            known.steps += [taken] if taken is not None else []
         finally:
             self.weights.forget_gradients()
 
@@ -224,14 +233,17 @@ class Trainer:
         """The share of the batch's loss that some sequences have, differentiable."""
         scored, batch = self._score(self.model, part.batch, phases), part.batch
         behaviour_T = batch.behaviour_logprobs_T.to(scored.logprobs_T)
-        proximal_T = scored.logprobs_T.detach() if known.proximal_T is None else known.proximal_T[part.token_T]
+        if known.proximal_T is not None:
+            proximal_T = known.proximal_T[part.token_T]
+        else:  # pi itself before the first step, a guess from it afterwards
+            proximal_T = self._interpolated(scored.logprobs_T, behaviour_T, batch.version_T, len(known.steps))
         log_ratio_T = proximal_T.double() - batch.behaviour_logprobs_T
         log_ratios.append((log_ratio_T, torch.tensor(part.rows)[batch.row_T]))
         if known.correction is None:
             correction = self.recipe.correct(log_ratio_T, batch.row_T)
         else:
             correction = known.correction.of(part.token_T)
-        old_T = self._old(scored.logprobs_T, proximal_T, behaviour_T, batch.version_T, len(known.steps))
+        old_T = behaviour_T if self.recipe.old == OldPolicy.BYPASS else proximal_T
         advantage_T = batch.advantage_T.to(scored.logprobs_T)
         surrogate = self.recipe.surrogate(scored.logprobs_T, old_T, advantage_T, batch.row_T)
         loss_T = surrogate.loss_T * correction.weight_T.to(scored.logprobs_T)
@@ -243,24 +255,18 @@ class Trainer:
             observed.add(part.token_T, scored, proximal_T, surrogate, correction, kl_T.detach(), float(loss.detach()))
         return loss
 
-    def _old(
-        self, logprobs_T: Tensor, proximal_T: Tensor, behaviour_T: Tensor, version_T: Tensor, steps: int
-    ) -> Tensor:
-        """Denominator of the policy ratio after `steps` optimiser steps of this batch."""
-        match self.recipe.old:
-            case OldPolicy.BYPASS:
-                return behaviour_T
-            case OldPolicy.DECOUPLED:
-                return proximal_T
-            case _:
-                per_batch = self.config.train.epochs * self.config.train.minibatches
-                return interpolated(
-                    logprobs_T,
-                    behaviour_T,
-                    version_T,
-                    proximal_version=self.version,
-                    current_version=self.version + steps / per_batch,
-                )
+    def _interpolated(self, logprobs_T: Tensor, behaviour_T: Tensor, version_T: Tensor, steps: int) -> Tensor:
+        """pi_prox from pi after `steps` optimiser steps of this batch; before the first one it is pi."""
+        if steps == 0:
+            return logprobs_T.detach()
+        per_batch = self.config.train.epochs * self.config.train.minibatches
+        return interpolated(
+            logprobs_T,
+            behaviour_T,
+            version_T,
+            proximal_version=self.version,
+            current_version=self.version + steps / per_batch,
+        )
 
     def _kl(self, logprobs_T: Tensor, old_T: Tensor, reference_T: Tensor | None) -> Tensor:
         if reference_T is None:
