@@ -190,6 +190,20 @@ class TrainConfig(_Section):
     threads: int | None = Field(None, ge=1, description="torch threads (default: torch's own choice)")
 
 
+class TaskConfig(_Section):
+    """Where prompts come from and what a completion is worth."""
+
+    name: str = Field("repeat", description="repeat, jsonl, or reasoning_gym/TASK")
+    path: Path | None = Field(None, description='of jsonl: one {"prompt": ..., "answer": ...} a line')
+    scorer: Literal["exact", "contains", "math"] = Field("exact", description="of jsonl")
+    seed: int = Field(0, ge=0, lt=2**31, description="of procedural tasks")
+    settings: dict[str, Any] = Field({}, description="of a reasoning_gym task, its own")
+    chat: bool = Field(True, description="ask through the model's chat template")
+    system: str = Field("", description="system message of the chat")
+    held_out: int = Field(64, ge=1, description="prompts for evaluation; they are never trained on")
+    score_timeout_s: float = Field(10.0, gt=0, le=3600, description="a completion that takes longer has no reward")
+
+
 class ObjectiveConfig(_Section):
     """What is maximised. None: as the paper of `kind` has it; `trueup config` and the run's config.json print what
     that is."""
@@ -243,10 +257,15 @@ class OptimizerConfig(_Section):
     clip_norm: float = Field(0.3, gt=0, description="largest norm of the whole gradient")
 
 
+FREE = ("task.settings.",)
+"""Tables whose keys are somebody else's."""
+
+
 class Config(_Section):
     """A whole configuration file."""
 
     train: TrainConfig = TrainConfig()
+    task: TaskConfig = TaskConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     correction: CorrectionConfig = CorrectionConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -287,6 +306,8 @@ def _refuse_unknown(flat: Mapping[str, Any], where: str) -> None:
     known = known_keys()
     sections = {k.rsplit(".", 1)[0] for k in known}
     for key in flat:
+        if key.startswith(FREE):
+            continue
         if key not in known and not (key in sections and flat[key] == {}):
             last = {k.rsplit(".", 1)[-1]: k for k in known}
             hint = nearest(key, known) or nearest(key.rsplit(".", 1)[-1], last)
