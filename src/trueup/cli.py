@@ -209,10 +209,13 @@ def train(
     bitwise: Annotated[
         bool | None, typer.Option("--bitwise", help="An engine's logprobs to the last bit; slower.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from where the run was.")] = False,
+    accept_mismatch: Annotated[
+        list[str] | None, typer.Option(help="Id of a cause that the preflight check may find, e.g. S1; repeat it.")
+    ] = None,
     sets: Sets = [],  # noqa: B006
 ) -> None:
-    """Train a policy on recorded rollouts: the same log, model and configuration give the same weights.
+    """Train a policy: on engines of its own, started and checked first, or with --from-log on recorded rollouts alone.
 
     `--set objective.kind=gspo` and the like reach the other knobs; `trueup config` lists them.
     """
@@ -221,9 +224,20 @@ def train(
         resolved = _resolve("train", given, file, sets)
         from rich.console import Console
 
-        from trueup.pipeline.from_log import train_from_log
+        console = Console(stderr=True)
+        if resolved.train.from_log is not None:
+            from trueup.pipeline.from_log import train_from_log
 
-        summary = train_from_log(resolved, resume=resume, console=Console(stderr=True))
+            summary = train_from_log(resolved, resume=resume, console=console)
+        else:
+            from trueup.monitor.progress import TrainProgress
+            from trueup.pipeline.run import train as train_online
+
+            with TrainProgress(console, total=resolved.train.steps, done=0) as progress:
+                summary = train_online(
+                    resolved, resume=resume, accepted=accept_mismatch or (), announce=console.print,
+                    on_batch=progress.batch,
+                )  # fmt: skip
     except TrueupError as error:
         raise _fail(error) from None
     for name, value in summary.items():

@@ -105,8 +105,10 @@ class SamplingConfig(_Section):
 
 
 class EngineConfig(_Section):
-    """The rollout engine as it is launched, for the recipe linter. None: not declared."""
+    """The rollout engine: what `trueup train` starts, and as it is launched elsewhere for the recipe linter (None: not
+    declared)."""
 
+    kind: Literal["embedded", "vllm"] = Field("embedded", description="started by `trueup train`; vllm as in [vllm]")
     name: str = "vllm"
     api: Literal["V0", "V1"] = "V1"
     version: str = ""
@@ -204,6 +206,24 @@ class TaskConfig(_Section):
     score_timeout_s: float = Field(10.0, gt=0, le=3600, description="a completion that takes longer has no reward")
 
 
+class RolloutConfig(_Section):
+    """How rollouts are made while a policy is trained; the distribution they are drawn from is [sampling]."""
+
+    group_size: int = Field(8, ge=1, description="completions of a prompt")
+    max_tokens: int = Field(128, ge=1, description="of a completion")
+    max_lag: int = Field(4, ge=0, description="groups whose oldest token is further behind are dropped; 0: on-policy")
+    clear_cache: bool = Field(True, description="an update clears the cache; false: keys of older weights stay in use")
+    engines: int = Field(1, ge=1, description="processes, replicas of one another")
+    concurrency: int = Field(4, ge=1, description="groups under way in each engine")
+    threads: int = Field(1, ge=1, description="torch threads of each embedded engine")
+    retries: int = Field(2, ge=0, description="times a group is asked for again after a failure")
+    timeout_s: float = Field(300.0, gt=0, description="a group that takes longer has failed")
+    score_workers: int = Field(1, ge=1, description="processes that compute rewards")
+    eval_every: int = Field(10, ge=1, description="batches between evaluations on held-out prompts")
+    keep_weights: int = Field(8, ge=2, description="published versions that stay on disk")
+    seed: int = Field(0, ge=0, lt=2**31, description="of the completions")
+
+
 class ObjectiveConfig(_Section):
     """What is maximised. None: as the paper of `kind` has it; `trueup config` and the run's config.json print what
     that is."""
@@ -266,6 +286,7 @@ class Config(_Section):
 
     train: TrainConfig = TrainConfig()
     task: TaskConfig = TaskConfig()
+    rollout: RolloutConfig = RolloutConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     correction: CorrectionConfig = CorrectionConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

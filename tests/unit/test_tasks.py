@@ -113,8 +113,9 @@ def test_a_file_begins_anew_and_a_split_may_be_empty(tiny, tmp_path):
     source = PromptSource(make_task(TaskConfig(name="jsonl", path=file)), tiny, chat=False)
     stream = source.training()
     first = [next(stream)[1] for _ in range(100)]
-    ids = [p.prompt_id for p in first]
+    ids = [p.token_ids for p in first]
     assert len(set(ids)) < 40 and ids.count(ids[0]) >= 2
+    assert len({p.prompt_id for p in first}) == 100  # each turn is told apart
     held = [f"number {i}" for i in range(40) if held_out(source.encode(f"number {i}"))]
     assert [source.decode(p.token_ids) for p in source.held_out(99)] == held
     only = next(text for text in map(str, range(99)) if not held_out(source.encode(text)))

@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from trueup.errors import TrainingError
+from trueup.model.load import companion_files
 from trueup.pipeline.trainer import Trainer
+from trueup.weights.snapshot import WeightSnapshot, manifest_of
 from trueup.weights.store import WeightStore, load_tensors
 
 SCHEMA = "trueup.checkpoint/1"
@@ -80,3 +82,22 @@ class Checkpoints:
         trainer.weights.restore(load_tensors(snapshot), steps=state.optimizer_steps)
         trainer.version = state.version
         return state
+
+
+def publish(trainer: Trainer, store: WeightStore) -> WeightSnapshot:
+    """Publish the trainer's weights as a checkpoint of its own, unless a run that was killed right after did.
+
+    Raises TrainingError when they cannot be written (disk full), or the version is there with other weights.
+    """
+    tensors, version = trainer.weights.published(), trainer.version
+    if version in store.versions():
+        snapshot = store.open(version)
+        if snapshot.manifest.digest != manifest_of(version, tensors).digest:
+            raise TrainingError(f"{snapshot.path} holds other weights than this run has at version {version}")
+        return snapshot
+    try:
+        return store.publish(version, tensors, files=companion_files(trainer.model.path, trainer.model.dtype))
+    except OSError as error:
+        raise TrainingError(
+            f"version {version} cannot be published ({error}); the last checkpoint is complete: make room and resume"
+        ) from None

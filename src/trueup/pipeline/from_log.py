@@ -16,16 +16,15 @@ from rich.console import Console
 
 from trueup.config import Config
 from trueup.errors import ConfigError, NothingToLearn, TrainingError, TrueupError
-from trueup.model.load import checkpoint_digest, companion_files
+from trueup.model.load import checkpoint_digest
 from trueup.monitor.metric_log import MetricLog
 from trueup.monitor.progress import TrainProgress
 from trueup.monitor.rundir import RunFolder
-from trueup.pipeline.checkpoint import Checkpoints, RunState
+from trueup.pipeline.checkpoint import Checkpoints, RunState, publish
 from trueup.pipeline.recipe import recipe_of
 from trueup.pipeline.rollout_log import read_groups
 from trueup.pipeline.trainer import Trainer
 from trueup.types import RolloutGroup
-from trueup.weights.snapshot import manifest_of
 from trueup.weights.store import WeightStore
 
 
@@ -64,8 +63,8 @@ def _batches(log: Path, *, size: int, skip: int) -> Iterator[list[RolloutGroup]]
 class _Run:
     def __init__(self, trainer: Trainer, run: RunFolder, digest: str) -> None:
         train = trainer.config.train
-        assert train.from_log is not None and train.model is not None
-        self.train, self.run, self.log, self.model = train, run, train.from_log, train.model
+        assert train.from_log is not None
+        self.train, self.run, self.log = train, run, train.from_log
         self.trainer = trainer
         self.checkpoints = Checkpoints(run.path / "checkpoints", keep=train.keep_checkpoints)
         self.state = RunState(batches=0, skipped=0, version=0, optimizer_steps=0, model_digest=digest)
@@ -86,7 +85,7 @@ class _Run:
         if self.state.version == 0:
             raise NothingToLearn(f"none of {self.state.batches} batches had a gradient; the weights are the model's")
         self.checkpoints.save(self.trainer, self.state)
-        published = self._publish()
+        published = publish(self.trainer, WeightStore(self.run.path / "weights"))
         summary = {
             "batches": self.state.batches,
             "skipped_batches": self.state.skipped,
@@ -95,7 +94,7 @@ class _Run:
             "optimizer_steps": self.state.optimizer_steps,
             "tokens": self.tokens,
             "seconds": time.perf_counter() - start,
-            "weights": str(published.relative_to(self.run.path.resolve())),
+            "weights": str(published.path.relative_to(self.run.path.resolve())),
         }
         self.run.write("summary.json", summary)
         return summary
@@ -124,21 +123,3 @@ class _Run:
         )
         self.metrics.append(number, record)
         return metrics
-
-    def _publish(self) -> Path:
-        """Publish the weights, unless a run that was killed right after did."""
-        store = WeightStore(self.run.path / "weights")
-        tensors, version = self.trainer.weights.published(), self.trainer.version
-        if version in store.versions():
-            snapshot = store.open(version)
-            if snapshot.manifest.digest != manifest_of(version, tensors).digest:
-                raise TrainingError(f"{snapshot.path} holds other weights than this run has at version {version}")
-            return snapshot.path
-        try:
-            files = companion_files(self.model, self.trainer.model.dtype)
-            return store.publish(version, tensors, files=files).path
-        except OSError as error:
-            raise TrainingError(
-                f"version {version} cannot be published ({error}); the checkpoint after batch {self.state.batches} is "
-                "complete: make room and resume"
-            ) from None

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -114,6 +114,15 @@ def read_groups(folder: Path, *, start: int = 0) -> Iterator[tuple[int, RolloutG
                 expected += 1
                 if number >= start:
                     yield number, group
+
+
+def read_some(folder: Path, numbers: Sequence[int]) -> list[RolloutGroup]:
+    """Return the groups of these numbers, in this order. Raises TraceError when one is not in the log, or damaged."""
+    wanted = set(numbers)
+    found = {number: group for number, group in read_groups(folder, start=min(wanted)) if number in wanted}
+    if len(found) != len(wanted):
+        raise TraceError(f"{folder} lacks group {min(wanted - found.keys())}")
+    return [found[number] for number in numbers]
 
 
 class RolloutLog:

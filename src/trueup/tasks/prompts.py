@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,10 @@ class PromptSource:
             index += 1
 
     def _wrapped(self, index: int) -> Prompt:
+        """Question `index`, counted on past a task's last one; its prompt_id carries the index itself."""
         length = getattr(self.task, "__len__", lambda: 0)()
-        return self.prompt(index % length if length else index)
+        prompt = self.prompt(index % length if length else index)
+        return replace(prompt, prompt_id=f"{self.task.name}/{index}")
 
     def held_out(self, count: int) -> list[Prompt]:
         """The first `count` different held-out prompts, or all there are.

@@ -1,0 +1,130 @@
+"""The actor: keeps every engine full of groups, has them scored, and puts them into the rollout log.
+
+A group that is in the log was made once: its prompt's index is taken under a lock, and only an append makes it count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from trueup.config import RolloutConfig, SamplingConfig
+from trueup.engines.base import Engine, GenerationRequest, RolloutFailure
+from trueup.errors import EngineError
+from trueup.pipeline.buffer import Finished, RolloutBuffer
+from trueup.pipeline.rollout_log import RolloutLog
+from trueup.tasks.prompts import PromptSource
+from trueup.tasks.scoring import NotScored, ScoringPool
+from trueup.types import Prompt, Rollout, RolloutGroup, SamplingParams
+
+IDLE_S = 0.02
+"""Between looks at whether another group may begin."""
+
+
+def sampling_params(sampling: SamplingConfig, rollout: RolloutConfig, prompt_id: str) -> SamplingParams:
+    """What a group is sampled with; its seed follows from the run's and the prompt, so that it can be drawn again."""
+    digest = hashlib.sha256(f"{rollout.seed} {prompt_id}".encode()).digest()
+    seed = int.from_bytes(digest[:4], "big") % 2**31
+    return SamplingParams(**sampling.model_dump(), max_tokens=rollout.max_tokens, seed=seed)
+
+
+@dataclass
+class Actor:
+    """Threads that make groups. `buffer` and `log` are used under `lock` only; `failure` is why one could not go on."""
+
+    engines: Sequence[Engine]
+    source: PromptSource
+    scoring: ScoringPool
+    log: RolloutLog
+    buffer: RolloutBuffer
+    sampling: SamplingConfig
+    rollout: RolloutConfig
+    done: Callable[[], int]
+    """Batches that were taken and whose version every engine is known to serve."""
+    prompts: Iterator[tuple[int, Prompt]]
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    counts: Counter[str] = field(default_factory=Counter)
+    """groups, retries, failed_groups, unscored, generated_tokens."""
+    failure: BaseException | None = None
+    _stopping: threading.Event = field(default_factory=threading.Event)
+    _threads: list[threading.Thread] = field(default_factory=list)
+
+    def start(self) -> None:
+        """Begin to make groups, `concurrency` at a time on each engine."""
+        for number, engine in enumerate(self.engines):
+            for slot in range(self.rollout.concurrency):
+                thread = threading.Thread(target=self._run, args=(engine,), daemon=True, name=f"actor {number}.{slot}")
+                self._threads.append(thread)
+                thread.start()
+
+    def stop(self, timeout_s: float) -> None:
+        """Begin no more groups, and wait for those under way."""
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join(timeout_s)
+
+    def _run(self, engine: Engine) -> None:
+        try:
+            while not self._stopping.is_set():
+                prompt = self._next()
+                if prompt is None:
+                    self._stopping.wait(IDLE_S)
+                else:
+                    self._group(engine, prompt)
+        except Exception as error:  # noqa: BLE001  (handed to the run, which stops with it)
+            self.failure = error
+
+    def _next(self) -> Prompt | None:
+        with self.lock:
+            if not self.buffer.may_start(self.done()):
+                return None
+            self.buffer.start()
+            return next(self.prompts)[1]
+
+    def _group(self, engine: Engine, prompt: Prompt) -> None:
+        """Make one group and log it; one that comes to nothing is counted."""
+        rollouts = self._generate(engine, prompt)
+        rewards = None if rollouts is None else self._rewards(prompt, rollouts)
+        with self.lock:
+            if rollouts is None or rewards is None:
+                self.counts["failed_groups"] += 1
+                self.buffer.fail()
+                return
+            group = RolloutGroup(rollouts=tuple(rollouts), rewards=tuple(rewards))
+            number = self.log.append(group)
+            self.buffer.add(Finished(number=number, oldest_version=group.oldest_version))
+            self.counts["groups"] += 1
+            self.counts["generated_tokens"] += sum(len(r.token_ids) for r in rollouts)
+
+    def _generate(self, engine: Engine, prompt: Prompt) -> list[Rollout] | None:
+        params = sampling_params(self.sampling, self.rollout, prompt.prompt_id)
+        request = GenerationRequest(prompt=prompt, sampling=params, n=self.rollout.group_size)
+        for attempt in range(self.rollout.retries + 1):
+            if attempt:
+                self._count("retries")
+                self._stopping.wait(attempt)
+            try:
+                results = engine.generate([request], timeout_s=self.rollout.timeout_s)[0]
+            except EngineError:
+                continue
+            rollouts = [r for r in results if not isinstance(r, RolloutFailure) and r.finish_reason != "abort"]
+            if len(rollouts) == self.rollout.group_size:
+                return rollouts
+            if self._stopping.is_set():
+                break
+        return None
+
+    def _rewards(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> list[float] | None:
+        found = self.scoring.score([(prompt.answer, self.source.decode(r.token_ids)) for r in rollouts])
+        bad = [reward for reward in found if isinstance(reward, NotScored)]
+        if bad:
+            self._count("unscored", len(bad))
+            return None
+        return [reward for reward in found if not isinstance(reward, NotScored)]
+
+    def _count(self, name: str, number: int = 1) -> None:
+        with self.lock:
+            self.counts[name] += number

@@ -1,0 +1,65 @@
+"""Which finished groups are trained on next, how stale they may be, and how many may be under way. Pure bookkeeping.
+
+Versions count optimiser batches. The lag of a group is the trainer's version before a batch less the version of the
+group's oldest token; a batch takes B groups, in the order in which they were finished.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finished:
+    """A group in the rollout log that no batch has taken: its number there, and its oldest token's version."""
+
+    number: int
+    oldest_version: int
+
+
+@dataclass
+class RolloutBuffer:
+    """Groups wait here between log and trainer; stale ones are dropped and counted, never trained on."""
+
+    groups_per_batch: int
+    max_lag: int
+    dropped: list[int] = field(default_factory=list)
+    """Numbers of groups that were too old when their turn came."""
+    started: int = 0
+    """Groups that were begun and have not failed."""
+    _waiting: deque[Finished] = field(default_factory=deque)
+
+    def may_start(self, batches_done: int) -> bool:
+        """Whether another group may be begun once so many batches were taken and their versions are served.
+
+        Admission as AReaL's (arXiv 2505.24298, equation 3): group number N (from 0) belongs to batch N // B and may be
+        begun max_lag batches before it. Groups that were dropped or failed leave room for others.
+        """
+        return (self.started - len(self.dropped)) // self.groups_per_batch <= batches_done + self.max_lag
+
+    def start(self) -> None:
+        """A group was begun."""
+        self.started += 1
+
+    def fail(self) -> None:
+        """A group that was begun came to nothing."""
+        self.started -= 1
+
+    def add(self, group: Finished) -> None:
+        """A group is in the log."""
+        self._waiting.append(group)
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def take(self, version: int) -> list[Finished]:
+        """The next batch for a trainer at `version`, or nothing while there are too few; drops what is too old."""
+        fresh = [g for g in self._waiting if version - g.oldest_version <= self.max_lag]
+        if len(fresh) != len(self._waiting):
+            kept = {g.number for g in fresh}
+            self.dropped += [g.number for g in self._waiting if g.number not in kept]
+            self._waiting = deque(fresh)
+        if len(self._waiting) < self.groups_per_batch:
+            return []
+        return [self._waiting.popleft() for _ in range(self.groups_per_batch)]

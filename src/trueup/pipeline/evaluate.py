@@ -1,0 +1,59 @@
+"""Mean reward on held-out prompts, sampled as rollouts are; these completions are never trained on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from trueup.config import RolloutConfig, SamplingConfig
+from trueup.engines.base import Engine, GenerationRequest, RolloutFailure
+from trueup.errors import EngineError
+from trueup.pipeline.actor import sampling_params
+from trueup.tasks.prompts import PromptSource
+from trueup.tasks.scoring import NotScored, ScoringPool
+from trueup.types import Prompt
+
+EVALUATION = "evaluation"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """Mean reward over `scored` prompts, its standard error, and how many completions came to nothing."""
+
+    reward: float
+    error: float
+    scored: int
+    failed: int
+
+
+def evaluate(
+    engines: Sequence[Engine],
+    source: PromptSource,
+    prompts: Sequence[Prompt],
+    scoring: ScoringPool,
+    sampling: SamplingConfig,
+    rollout: RolloutConfig,
+) -> Evaluation:
+    """One completion of each prompt, with the same random numbers every time. Raises EngineError if none came back."""
+    requests = []
+    for prompt in prompts:
+        params = sampling_params(sampling, rollout, f"{EVALUATION} {prompt.prompt_id}")
+        requests.append(GenerationRequest(prompt=prompt, sampling=replace(params, max_tokens=rollout.max_tokens)))
+    shares = [requests[i :: len(engines)] for i in range(len(engines))]
+    with ThreadPoolExecutor(len(engines), thread_name_prefix="evaluate") as pool:
+        pairs = zip(engines, shares, strict=True)
+        futures = [pool.submit(e.generate, share, timeout_s=rollout.timeout_s) for e, share in pairs if share]
+        results = [result for future in futures for group in future.result() for result in group]
+    answers = {prompt.prompt_id: prompt.answer for prompt in prompts}
+    made = [r for r in results if not isinstance(r, RolloutFailure)]
+    found = scoring.score([(answers[r.prompt.prompt_id], source.decode(r.token_ids)) for r in made])
+    rewards = [reward for reward in found if not isinstance(reward, NotScored)]
+    if not rewards:
+        raise EngineError(f"none of {len(prompts)} held-out completions could be scored")
+    mean = math.fsum(rewards) / len(rewards)
+    spread = math.sqrt(math.fsum((r - mean) ** 2 for r in rewards) / max(1, len(rewards) - 1))
+    return Evaluation(
+        reward=mean, error=spread / math.sqrt(len(rewards)), scored=len(rewards), failed=len(prompts) - len(rewards)
+    )

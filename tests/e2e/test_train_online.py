@@ -1,0 +1,121 @@
+"""`trueup train` with engines of its own: what a run leaves behind, and that nothing in it is lost or used twice."""
+
+import json
+
+import pytest
+import torch
+from tests.engine_kit import row_of
+
+from trueup.config import build_config
+from trueup.errors import ConfigError
+from trueup.model.load import load_model
+from trueup.model.packed import open_policy, packed_hidden_states
+from trueup.model.tiny import make_tiny
+from trueup.pipeline.preflight import MismatchError
+from trueup.pipeline.rollout_log import read_groups
+from trueup.pipeline.run import train
+from trueup.policy.head import Head
+from trueup.policy.logprobs import token_scores
+from trueup.weights.store import WeightStore
+
+
+def config(folder, **sections):
+    values = {
+        "train": {
+            "model": str(folder / "tiny"), "run": str(folder / "run"), "steps": 6, "groups": 4, "dtype": "float32",
+            "threads": 1, "checkpoint_every": 2,
+        },
+        "task": {"name": "repeat", "held_out": 16},
+        "rollout": {"group_size": 4, "max_tokens": 6, "max_lag": 1, "concurrency": 4, "eval_every": 3},
+        "objective": {"kind": "reinforce", "entropy": 0.01},
+        "optimizer": {"lr": 1e-3},
+    }  # fmt: skip
+    for name, section in sections.items():
+        values[name] = values.get(name, {}) | section
+    return build_config(values)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("max_lag", [0, 2])
+def test_a_run_from_preflight_to_summary(tmp_path, max_lag):
+    make_tiny(tmp_path / "tiny")
+    shown, said = [], []
+    summary = train(
+        config(tmp_path, rollout={"max_lag": max_lag, "keep_weights": 20}),
+        announce=said.append, on_batch=shown.append,
+    )  # fmt: skip
+    run = tmp_path / "run"
+    assert summary == json.loads((run / "summary.json").read_text())
+    assert summary["preflight_verdict"] == "agree" and summary["steps"] == 6 and summary["lag_max"] <= max_lag
+    assert json.loads((run / "parity" / "preflight.json").read_text())["verdict"] == "agree"
+    assert any("preflight  agree" in line for line in said) and len(shown) == 6
+    batches, metrics = lines(run / "batches.jsonl"), lines(run / "metrics.jsonl")
+    assert [b["batch"] for b in batches] == [m["batch"] for m in metrics] == list(range(1, 7))
+    # Every group is in the log once, in at most one batch, of the lag that was written down.
+    groups = dict(read_groups(run / "rollouts"))
+    taken = [n for b in batches for n in b["groups"]]
+    assert len(set(taken)) == len(taken) == 24
+    prompts = [g.rollouts[0].prompt.prompt_id for g in groups.values()]
+    assert len(set(prompts)) == len(prompts)
+    for batch, metric in zip(batches, metrics, strict=True):
+        lags = [batch["version"] - groups[n].oldest_version for n in batch["groups"]]
+        assert max(lags) == metric["lag/oldest_token/max"] <= max_lag
+    # Versions: every token carries one that was published, and these weights made it.
+    store = WeightStore(run / "weights")
+    model = open_policy(load_model(tmp_path / "tiny", dtype=torch.float32), bitwise=False)
+    start = {n: p.clone() for n, p in model.lm.named_parameters()}
+    for number in taken:
+        for rollout in groups[number].rollouts[:1]:
+            if len(set(rollout.weight_versions)) > 1:
+                continue
+            version = rollout.weight_versions[0]
+            source = start if version == 0 else load_model(store.folder(version), dtype=torch.float32).stored_tensors()
+            with torch.no_grad():
+                for name, parameter in model.lm.named_parameters():
+                    parameter.copy_(source[name])
+                hidden = packed_hidden_states(model, [row_of(rollout)])
+            scores = token_scores(hidden, Head.of(model, torch.float32), torch.tensor(rollout.token_ids))
+            gap = scores.logprobs_T - torch.tensor(rollout.behaviour_logprobs)
+            assert float(gap.abs().max()) < 1e-4
+    evaluations = lines(run / "evaluations.jsonl")
+    assert [e["batch"] for e in evaluations] == [0, 3, 6]
+    assert evaluations[0]["reward"] == summary["heldout_reward_start"]
+    assert [u["version"] for u in lines(run / "updates.jsonl")] == sorted({m["version"] for m in metrics} - {0})
+
+
+def test_a_run_goes_on_where_it_was(tmp_path):
+    make_tiny(tmp_path / "tiny")
+    train(config(tmp_path, train={"steps": 3}))
+    before = lines(tmp_path / "run" / "batches.jsonl")
+    summary = train(config(tmp_path), resume=True)
+    batches = lines(tmp_path / "run" / "batches.jsonl")
+    assert batches[:3] == before and len(batches) == 6 and summary["steps"] == 6
+    taken = [n for b in batches for n in b["groups"]]
+    assert len(set(taken)) == len(taken)
+    assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 6
+
+
+def test_a_backend_that_disagrees_does_not_start(tmp_path, monkeypatch):
+    """The engine is served another checkpoint than the one that is trained: the gate names it and no step is taken."""
+    from trueup.pipeline import launch
+
+    make_tiny(tmp_path / "tiny")
+    other = make_tiny(tmp_path / "other", seed=3)
+    command = launch.EmbeddedProcess._command
+
+    def another(self):
+        return [part.replace(str(tmp_path / "tiny"), str(other)) for part in command(self)]
+
+    monkeypatch.setattr(launch.EmbeddedProcess, "_command", another)
+    with pytest.raises(MismatchError, match="does not agree with the trainer"):
+        train(config(tmp_path))
+    assert not (tmp_path / "run" / "batches.jsonl").exists()
+    assert json.loads((tmp_path / "run" / "parity" / "preflight.json").read_text())["verdict"] == "mismatch"
+
+
+def test_what_is_missing_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"train\.steps is missing"):
+        train(build_config({"train": {"model": "x", "run": str(tmp_path / "run")}}))

@@ -1,0 +1,70 @@
+"""The buffer: order, staleness and admission, by hand and by a run of random events."""
+
+import random
+
+import pytest
+
+from trueup.pipeline.buffer import Finished, RolloutBuffer
+
+
+def finished(number, oldest):
+    return Finished(number=number, oldest_version=oldest)
+
+
+def test_groups_are_taken_in_order_and_only_when_a_batch_is_full():
+    buffer = RolloutBuffer(groups_per_batch=2, max_lag=1)
+    buffer.add(finished(0, 0))
+    assert buffer.take(0) == [] and len(buffer) == 1
+    for number in (1, 2):
+        buffer.add(finished(number, 0))
+    assert [g.number for g in buffer.take(0)] == [0, 1] and len(buffer) == 1
+
+
+def test_what_is_too_old_is_dropped_and_counted():
+    buffer = RolloutBuffer(groups_per_batch=2, max_lag=1)
+    for number, oldest in enumerate((3, 4, 3, 5)):
+        buffer.add(finished(number, oldest))
+    assert [g.number for g in buffer.take(5)] == [1, 3]
+    assert buffer.dropped == [0, 2]
+
+
+@pytest.mark.parametrize("max_lag", [0, 1, 3])
+def test_admission_lets_begin_what_can_still_be_trained_on(max_lag):
+    buffer = RolloutBuffer(groups_per_batch=4, max_lag=max_lag)
+    for version in range(3):
+        begun = 0
+        while buffer.may_start(version):
+            buffer.start()
+            begun += 1
+        assert begun == (4 * (max_lag + 1) if version == 0 else 4)
+    buffer.fail()
+    assert buffer.may_start(2)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_nothing_is_lost_or_taken_twice_and_no_lag_exceeds_its_limit(seed):
+    chooser = random.Random(seed)
+    batch, max_lag = chooser.randint(1, 4), chooser.randint(0, 3)
+    buffer = RolloutBuffer(groups_per_batch=batch, max_lag=max_lag)
+    version, number, flying, taken = 0, 0, [], []
+    for _ in range(2000):
+        event = chooser.random()
+        if event < 0.5 and buffer.may_start(version):
+            buffer.start()
+            flying.append(version)
+        elif event < 0.8 and flying:
+            oldest = flying.pop(chooser.randrange(len(flying)))
+            if chooser.random() < 0.1:
+                buffer.fail()
+            else:
+                buffer.add(finished(number, oldest))
+                number += 1
+        else:
+            some = buffer.take(version)
+            assert all(0 <= version - g.oldest_version <= max_lag for g in some)
+            taken += [g.number for g in some]
+            version += bool(some)
+    assert version > 20, "a buffer that starves trains nothing"
+    assert len(set(taken)) == len(taken)
+    assert len(taken) + len(buffer.dropped) + len(buffer) == number
+    assert not set(taken) & set(buffer.dropped)
