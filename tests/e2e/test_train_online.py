@@ -1,6 +1,8 @@
 """`trueup train` with engines of its own: what a run leaves behind, and that nothing in it is lost or used twice."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -119,3 +121,59 @@ def test_a_backend_that_disagrees_does_not_start(tmp_path, monkeypatch):
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"train\.steps is missing"):
         train(build_config({"train": {"model": "x", "run": str(tmp_path / "run")}}))
+
+
+@pytest.mark.parametrize("victim", ["engine", "trainer"])
+def test_a_process_that_is_killed_is_started_again_and_nothing_is_lost(tmp_path, monkeypatch, victim):
+    """kill -9 in the middle of a batch, more than once; versions and batches are those of a run without it."""
+    from trueup.pipeline import run as run_module
+
+    make_tiny(tmp_path / "tiny")
+    pids = {}
+
+    class Remembering(run_module.TrainerProcess):
+        def __init__(self, path):
+            super().__init__(path)
+            pids["trainer"] = self.pid
+
+    monkeypatch.setattr(run_module, "TrainerProcess", Remembering)
+
+    def started(config, path, engine_processes=run_module.engine_processes):
+        found = engine_processes(config, path)
+        pids["engine"] = lambda: found[0].pid
+        return found
+
+    monkeypatch.setattr(run_module, "engine_processes", started)
+    killed = []
+
+    def on_batch(metrics):
+        if len(killed) < 3:
+            pid = pids[victim]() if callable(pids[victim]) else pids[victim]
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+
+    summary = train(config(tmp_path, train={"steps": 6, "checkpoint_every": 2}), on_batch=on_batch)
+    run = tmp_path / "run"
+    assert len(set(killed)) == 3
+    batches, metrics = lines(run / "batches.jsonl"), lines(run / "metrics.jsonl")
+    assert [b["batch"] for b in batches] == [m["batch"] for m in metrics] == list(range(1, 7))
+    groups = dict(read_groups(run / "rollouts"))
+    taken = [n for b in batches for n in b["groups"]]
+    assert len(set(taken)) == len(taken) == 24 and set(taken) <= set(groups)
+    prompts = [g.rollouts[0].prompt.prompt_id for g in groups.values()]
+    assert len(set(prompts)) == len(prompts)
+    assert [m["version"] for m in metrics] == sorted(m["version"] for m in metrics)
+    assert summary["version"] == metrics[-1]["version"] == 6
+    assert summary["engine_restarts"] == (3 if victim == "engine" else 0)
+    # What was trained is what the recorded batches give: a trainer on the log alone has the same weights.
+    from trueup.pipeline.rollout_log import read_some
+    from trueup.pipeline.trainer import Trainer
+    from trueup.weights.store import load_tensors
+
+    torch.set_num_threads(1)
+    again = Trainer(config(tmp_path))
+    for batch in batches:
+        again.step(read_some(run / "rollouts", batch["groups"]))
+    store = WeightStore(run / "weights")
+    published = load_tensors(store.open(6))
+    assert all(torch.equal(again.weights.published()[name], value) for name, value in published.items())

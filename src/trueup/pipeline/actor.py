@@ -35,7 +35,8 @@ def sampling_params(sampling: SamplingConfig, rollout: RolloutConfig, prompt_id:
 class Actor:
     """Threads that make groups. `buffer` and `log` are used under `lock` only; `failure` is why one could not go on."""
 
-    engines: Sequence[Engine]
+    engines: Sequence[Engine | None]
+    """None stands for one that is being started again."""
     source: PromptSource
     scoring: ScoringPool
     log: RolloutLog
@@ -54,9 +55,9 @@ class Actor:
 
     def start(self) -> None:
         """Begin to make groups, `concurrency` at a time on each engine."""
-        for number, engine in enumerate(self.engines):
+        for number in range(len(self.engines)):
             for slot in range(self.rollout.concurrency):
-                thread = threading.Thread(target=self._run, args=(engine,), daemon=True, name=f"actor {number}.{slot}")
+                thread = threading.Thread(target=self._run, args=(number,), daemon=True, name=f"actor {number}.{slot}")
                 self._threads.append(thread)
                 thread.start()
 
@@ -66,14 +67,14 @@ class Actor:
         for thread in self._threads:
             thread.join(timeout_s)
 
-    def _run(self, engine: Engine) -> None:
+    def _run(self, number: int) -> None:
         try:
             while not self._stopping.is_set():
-                prompt = self._next()
+                prompt = self._next() if self.engines[number] is not None else None
                 if prompt is None:
                     self._stopping.wait(IDLE_S)
                 else:
-                    self._group(engine, prompt)
+                    self._group(number, prompt)
         except Exception as error:  # noqa: BLE001  (handed to the run, which stops with it)
             self.failure = error
 
@@ -84,9 +85,9 @@ class Actor:
             self.buffer.start()
             return next(self.prompts)[1]
 
-    def _group(self, engine: Engine, prompt: Prompt) -> None:
+    def _group(self, number: int, prompt: Prompt) -> None:
         """Make one group and log it; one that comes to nothing is counted."""
-        rollouts = self._generate(engine, prompt)
+        rollouts = self._generate(number, prompt)
         rewards = None if rollouts is None else self._rewards(prompt, rollouts)
         with self.lock:
             if rollouts is None or rewards is None:
@@ -94,18 +95,23 @@ class Actor:
                 self.buffer.fail()
                 return
             group = RolloutGroup(rollouts=tuple(rollouts), rewards=tuple(rewards))
-            number = self.log.append(group)
-            self.buffer.add(Finished(number=number, oldest_version=group.oldest_version))
+            logged = self.log.append(group)
+            self.buffer.add(Finished(number=logged, oldest_version=group.oldest_version))
             self.counts["groups"] += 1
             self.counts["generated_tokens"] += sum(len(r.token_ids) for r in rollouts)
 
-    def _generate(self, engine: Engine, prompt: Prompt) -> list[Rollout] | None:
+    def _generate(self, number: int, prompt: Prompt) -> list[Rollout] | None:
+        """All completions of a prompt; one that failed is asked for again with the others, on an engine that lives."""
         params = sampling_params(self.sampling, self.rollout, prompt.prompt_id)
         request = GenerationRequest(prompt=prompt, sampling=params, n=self.rollout.group_size)
         for attempt in range(self.rollout.retries + 1):
             if attempt:
                 self._count("retries")
                 self._stopping.wait(attempt)
+            while (engine := self.engines[number]) is None and not self._stopping.wait(IDLE_S):
+                pass
+            if engine is None:
+                break
             try:
                 results = engine.generate([request], timeout_s=self.rollout.timeout_s)[0]
             except EngineError:

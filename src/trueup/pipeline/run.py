@@ -16,9 +16,10 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from trueup.config import Config
+from trueup.engines.base import Engine
 from trueup.errors import ConfigError, EngineError, TrainingError
 from trueup.monitor.metric_log import MetricLog
 from trueup.monitor.rundir import RunFolder
@@ -42,8 +43,13 @@ STARVED_S = 900.0
 """Without a finished group for this long the run stops: an engine hangs, or every group fails."""
 RESTARTS = 3
 """Of the trainer, in a row, without a batch between them."""
+NOTICED_S = 2.0
+"""From a broken connection until the process is known to have ended."""
+ENGINE_RESTARTS = 20
+"""Of all engines in one run."""
 FOLDERS = ("logs", "weights", "rollouts", "parity")
 Announce = Callable[[str], None]
+Result = TypeVar("Result")
 
 
 def train(
@@ -94,9 +100,9 @@ class _Run:
         self.processes: list[EngineProcess] = engine_processes(config, self.path)
         for process in self.processes:
             stack.callback(process.stop)
-        self.engines = [process.start() for process in self.processes]
-        for engine in self.engines:
-            stack.callback(engine.close)
+        self.engines: list[Engine | None] = [process.start() for process in self.processes]
+        self.revived = 0
+        stack.callback(self._close_engines)
         self.served = 0
         """Version that every engine has confirmed."""
         self.done = 0
@@ -143,6 +149,7 @@ class _Run:
             "lag_max": self.totals["lag_max"],
             "ess": self.totals["ess"],
             "version": self.served,
+            "engine_restarts": self.revived,
             "groups_dropped": len(self.buffer.dropped),
             "counts": dict(actor.counts),
         }
@@ -180,10 +187,45 @@ class _Run:
         return answer
 
     def _watch(self) -> None:
-        """Raise when something that a wait depends on is gone."""
-        for process in self.processes:
+        """Start engines again that ended. Raises EngineError when that happens too often."""
+        for number, process in enumerate(self.processes):
             if not process.alive():
-                raise EngineError(f"{process.name} ended; see {self.path / 'logs'}")
+                self._revive(number)
+
+    def _revive(self, number: int) -> None:
+        """A new process in the place of one that ended, serving what the others serve."""
+        process, old = self.processes[number], self.engines[number]
+        self.revived += 1
+        if self.revived > ENGINE_RESTARTS:
+            raise EngineError(f"{process.name} ended again after {ENGINE_RESTARTS} restarts; see {self.path / 'logs'}")
+        self.announce(f"engine     {process.name} ended; starting it again")
+        self.engines[number] = None
+        if old is not None:
+            old.close()
+        process.stop()
+        engine = process.start()
+        if self.served:
+            path = self.store.open(self.served).path
+            update_all([engine], path, self.served, clear_cache=True)
+        self.engines[number] = engine
+
+    def _with_engines(self, work: Callable[[list[Engine]], Result]) -> Result:
+        """Do something with every engine, and again if one ended on the way."""
+        while True:
+            self._watch()
+            try:
+                return work([engine for engine in self.engines if engine is not None])
+            except EngineError:
+                deadline = time.perf_counter() + NOTICED_S
+                while all(process.alive() for process in self.processes):
+                    if time.perf_counter() > deadline:
+                        raise
+                    time.sleep(POLL_S)
+
+    def _close_engines(self) -> None:
+        for engine in self.engines:
+            if engine is not None:
+                engine.close()
 
     def _stop_trainer(self) -> None:
         if self.trainer is not None:
@@ -264,8 +306,8 @@ class _Run:
         """Have every engine serve a version; seconds it took. Older weights are deleted, but for the last few."""
         if version == self.served:
             return 0.0
-        path = self.store.open(version).path
-        updated = update_all(self.engines, path, version, clear_cache=self.config.rollout.clear_cache)
+        path, clear_cache = self.store.open(version).path, self.config.rollout.clear_cache
+        updated = self._with_engines(lambda engines: update_all(engines, path, version, clear_cache=clear_cache))
         self.served = version
         _append_line(self.path / "updates.jsonl", updated.as_dict())
         for kept in self.store.versions()[-self.config.rollout.keep_weights :]:
@@ -278,8 +320,9 @@ class _Run:
 
     def _evaluate(self, batch: int) -> Evaluation:
         """Evaluate what is served, and write it down."""
-        found = evaluate(
-            self.engines, self.source, self.evaluation, self.scoring, self.config.sampling, self.config.rollout
+        sampling, rollout = self.config.sampling, self.config.rollout
+        found = self._with_engines(
+            lambda engines: evaluate(engines, self.source, self.evaluation, self.scoring, sampling, rollout)
         )
         record = {
             "batch": batch, "version": self.served, "reward": found.reward, "error": found.error,
