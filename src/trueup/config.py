@@ -141,6 +141,7 @@ class ServeConfig(_Section):
     request_timeout_s: float = Field(600.0, gt=0, le=86400, description="a request that takes longer is aborted")
     allow_faults: bool = Field(False, description="let /control/faults break the engine on purpose")
     max_queue: int = Field(4096, ge=1, description="requests that may wait; beyond it the server answers 429")
+    until_stdin_closes: bool = Field(False, description="end with whoever started it, however that ends")
 
 
 class VllmConfig(_Section):

@@ -2,7 +2,11 @@
 
 import json
 import os
+import random
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -177,3 +181,65 @@ def test_a_process_that_is_killed_is_started_again_and_nothing_is_lost(tmp_path,
     store = WeightStore(run / "weights")
     published = load_tensors(store.open(6))
     assert all(torch.equal(again.weights.published()[name], value) for name, value in published.items())
+
+
+def toml(folder, **train):
+    """The same configuration as a file, and the command that runs it."""
+    content = config(folder, train=train).model_dump(mode="json", exclude_none=True)
+    keep = {name: content[name] for name in ("train", "task", "rollout", "objective", "optimizer")}
+    file = folder / "run.toml"
+    text = []
+    for name, section in keep.items():
+        text.append(f"[{name}]")
+        text += [f"{key} = {json.dumps(value)}" for key, value in section.items() if value != {}]
+    file.write_text("\n".join(text) + "\n")
+    return [sys.executable, "-m", "trueup.cli", "train", str(file)]
+
+
+def children_of(run):
+    """Processes that work on a run, found by their command lines."""
+    found = subprocess.run(["pgrep", "-f", str(run)], capture_output=True, text=True, check=False).stdout.split()
+    return [int(pid) for pid in found]
+
+
+@pytest.mark.slow
+def test_kill_9_of_the_run_at_ten_random_moments(tmp_path):
+    """Resumed each time: no group is lost from or twice in the log, and no process is left behind."""
+    make_tiny(tmp_path / "tiny")
+    command, run = toml(tmp_path, steps=40, checkpoint_every=3), tmp_path / "run"
+    chooser, killed, seen = random.Random(time.time_ns()), 0, set()
+    for _ in range(40):
+        more = ["--resume"] if (run / "config.json").is_file() else []
+        process = subprocess.Popen([*command, *more], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        before = (run / "batches.jsonl").stat().st_size if (run / "batches.jsonl").is_file() else 0
+        deadline = time.monotonic() + 120
+        while killed < 10 and process.poll() is None and time.monotonic() < deadline:
+            if (run / "batches.jsonl").is_file() and (run / "batches.jsonl").stat().st_size > before:
+                break
+            time.sleep(0.01)
+        time.sleep(chooser.random() * 0.5)
+        if killed < 10 and process.poll() is None:
+            process.kill()
+            killed += 1
+        stderr = process.communicate(timeout=300)[1].decode()
+        assert process.returncode in (0, -signal.SIGKILL), stderr
+        if (run / "rollouts").is_dir():
+            logged = dict(read_groups(run / "rollouts"))
+            assert seen <= set(logged), "a group was lost"
+            seen = set(logged)
+        if process.returncode == 0:
+            break
+        time.sleep(1.0)
+    assert killed == 10 and process.returncode == 0
+    batches = lines(run / "batches.jsonl")
+    taken = [n for b in batches for n in b["groups"]]
+    assert [b["batch"] for b in batches] == list(range(1, 41)) and len(set(taken)) == len(taken) == 160
+    prompts = [g.rollouts[0].prompt.prompt_id for g in dict(read_groups(run / "rollouts")).values()]
+    assert len(set(prompts)) == len(prompts)
+    metrics = lines(run / "metrics.jsonl")
+    assert [m["version"] for m in metrics] == sorted(m["version"] for m in metrics)
+    assert all(m["lag/oldest_token/max"] <= 1 for m in metrics)
+    deadline = time.monotonic() + 20
+    while children_of(run) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not children_of(run)

@@ -56,7 +56,7 @@ class EmbeddedProcess:
         knobs = {
             "model": train.model, "dtype": train.dtype, "head": train.head, "bitwise": str(train.bitwise).lower(),
             "port": 0, "threads": rollout.threads, "weights": self._run / "weights", "token_file": self.token_file,
-            "slots": max(1, rollout.concurrency * rollout.group_size),
+            "slots": max(1, rollout.concurrency * rollout.group_size), "until_stdin_closes": "true",
         }  # fmt: skip
         sets = [f"--set=serve.{name}={value}" for name, value in knobs.items()]
         return [sys.executable, "-m", "trueup.cli", "serve", *sets]
@@ -68,8 +68,9 @@ class EmbeddedProcess:
         log = (self._run / "logs" / f"{self.name}.log").open("ab")
         with log:
             self._process = subprocess.Popen(
-                self._command(), stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
-            )
+                self._command(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                start_new_session=True,
+            )  # fmt: skip
         self.url = self._address(time.monotonic() + START_TIMEOUT_S)
         return TrueupEngine(self.url, token=token)
 
@@ -117,8 +118,9 @@ class EmbeddedProcess:
                 break
             except subprocess.TimeoutExpired:
                 continue
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
 
 
 class VllmProcess:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,10 +97,19 @@ def serve(config: ServeConfig, *, announce: Callable[[str], None]) -> None:
     announce(f"weights  {'no updates (--weights FOLDER allows them)' if config.weights is None else config.weights}")
     if not config.host.startswith("127.") and config.host not in ("localhost", "::1"):
         announce("warning  reachable from other machines, without TLS: whoever holds the token controls the policy")
+    server = uvicorn.Server(settings)
+    if config.until_stdin_closes:
+        threading.Thread(target=_end_with_stdin, args=(server,), daemon=True, name="stdin").start()
     try:
-        uvicorn.Server(settings).run(sockets=[listener])
+        server.run(sockets=[listener])
     finally:
         engine.close()
+
+
+def _end_with_stdin(server: uvicorn.Server) -> None:
+    """Wait until the other end of our standard input is closed, as it is when a parent was killed; then end."""
+    sys.stdin.buffer.read()
+    server.should_exit = True
 
 
 def _listen(host: str, port: int) -> socket.socket:
