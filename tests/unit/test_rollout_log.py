@@ -10,7 +10,7 @@ from tests.unit.test_packing import groups
 
 from trueup.errors import RecordError, TraceError
 from trueup.pipeline import rollout_log
-from trueup.pipeline.rollout_log import RolloutLog, group_from_json, read_groups
+from trueup.pipeline.rollout_log import RolloutLog, group_from_json, read_groups, read_some
 
 quiet = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 
@@ -109,3 +109,16 @@ def test_what_is_no_log_is_refused(tmp_path):
     for content in (None, {"schema": "other"}, {"schema": rollout_log.SCHEMA, "number": 0}):
         with pytest.raises(RecordError):
             group_from_json(content)
+
+
+@quiet
+@given(made=groups(), chooser=st.randoms())
+def test_some_groups_are_read_by_number(tmp_path_factory, made, chooser):
+    folder = tmp_path_factory.mktemp("log")
+    log = RolloutLog(folder)
+    for group in made:
+        log.append(group)
+    numbers = chooser.sample(range(len(made)), k=chooser.randint(1, len(made)))
+    assert read_some(folder, numbers) == [made[n] for n in numbers]
+    with pytest.raises(TraceError, match=f"lacks group {len(made)}"):
+        read_some(folder, [0, len(made)])

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -91,11 +91,28 @@ def _parse(line: bytes, where: str) -> tuple[int, RolloutGroup]:
 
 
 def read_groups(folder: Path, *, start: int = 0) -> Iterator[tuple[int, RolloutGroup]]:
-    """Yield (number, group) from number `start` on, in order.
+    """Yield (number, group) from number `start` on, in order; what comes before is counted, not looked at.
 
     A last line without its end, which a writer may be at, is not yielded. Raises TraceError for a folder without
     segments, a damaged line, or a gap or repetition in the numbers.
     """
+    return _read(folder, lambda number: number >= start)
+
+
+def read_some(folder: Path, numbers: Sequence[int]) -> list[RolloutGroup]:
+    """Return the groups of these numbers, in this order. Raises TraceError when one is not in the log, or damaged."""
+    wanted = set(numbers)
+    found: dict[int, RolloutGroup] = {}
+    for number, group in _read(folder, wanted.__contains__):
+        found[number] = group
+        if len(found) == len(wanted):
+            break
+    if len(found) != len(wanted):
+        raise TraceError(f"{folder} lacks group {min(wanted - found.keys())}")
+    return [found[number] for number in numbers]
+
+
+def _read(folder: Path, wanted: Callable[[int], bool]) -> Iterator[tuple[int, RolloutGroup]]:
     if not folder.is_dir():
         raise TraceError(f"rollout log {folder} is no folder: expected segments named 000000.jsonl")
     segments = _segments(folder)
@@ -108,21 +125,14 @@ def read_groups(folder: Path, *, start: int = 0) -> Iterator[tuple[int, RolloutG
             for at, line in enumerate(stream, 1):
                 if last and not line.endswith(b"\n"):
                     return
-                number, group = _parse(line, f"{segment}, line {at}")
-                if number != expected:
-                    raise TraceError(f"{segment}, line {at} is group {number}, expected {expected}: the log has a gap")
-                expected += 1
-                if number >= start:
+                if wanted(expected):
+                    number, group = _parse(line, f"{segment}, line {at}")
+                    if number != expected:
+                        raise TraceError(
+                            f"{segment}, line {at} is group {number}, expected {expected}: the log has a gap"
+                        )
                     yield number, group
-
-
-def read_some(folder: Path, numbers: Sequence[int]) -> list[RolloutGroup]:
-    """Return the groups of these numbers, in this order. Raises TraceError when one is not in the log, or damaged."""
-    wanted = set(numbers)
-    found = {number: group for number, group in read_groups(folder, start=min(wanted)) if number in wanted}
-    if len(found) != len(wanted):
-        raise TraceError(f"{folder} lacks group {min(wanted - found.keys())}")
-    return [found[number] for number in numbers]
+                expected += 1
 
 
 class RolloutLog:

@@ -10,18 +10,15 @@ and arrives at the same weights to the last bit.
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, TypeVar
 
 from trueup.config import Config
 from trueup.engines.base import Engine
 from trueup.errors import ConfigError, EngineError, TrainingError
-from trueup.monitor.metric_log import MetricLog
+from trueup.monitor.metric_log import MetricLog, append_line, read_lines
 from trueup.monitor.rundir import RunFolder
 from trueup.pipeline.actor import Actor
 from trueup.pipeline.buffer import Finished, RolloutBuffer
@@ -30,7 +27,7 @@ from trueup.pipeline.launch import EngineProcess, engine_processes
 from trueup.pipeline.preflight import preflight
 from trueup.pipeline.recipe import recipe_of
 from trueup.pipeline.rollout_log import RolloutLog, read_groups
-from trueup.pipeline.trainer_process import TrainerGone, TrainerProcess
+from trueup.pipeline.trainer_process import ANSWERS, TrainerGone, TrainerProcess
 from trueup.pipeline.updater import update_all
 from trueup.tasks.base import Task
 from trueup.tasks.prompts import PromptSource
@@ -109,7 +106,7 @@ class _Run:
         """Batches that were taken and whose version, if they made one, is served."""
         self.log = RolloutLog(self.path / "rollouts")
         stack.callback(self.log.close)
-        self.batches = _read_lines(self.path / "batches.jsonl")
+        self.batches = read_lines(self.path / "batches.jsonl")
         self.metrics = MetricLog(self.path / "metrics.jsonl", batches=len(self.batches))
         self.buffer = RolloutBuffer(groups_per_batch=config.train.groups, max_lag=config.rollout.max_lag)
         self.store = WeightStore(self.path / "weights")
@@ -138,7 +135,7 @@ class _Run:
         finally:
             actor.stop(self.config.rollout.timeout_s)
         last = self._evaluate(steps)
-        evaluations = _read_lines(self.path / "evaluations.jsonl")
+        evaluations = read_lines(self.path / "evaluations.jsonl")
         summary = {
             "steps": steps,
             "preflight_verdict": report.verdict,
@@ -176,9 +173,18 @@ class _Run:
     def _start_trainer(self) -> TrainerProcess:
         """Start the trainer and bring it to the last recorded batch."""
         self.trainer = trainer = TrainerProcess(self.path)
-        for record in self.batches[trainer.batches :]:
-            self._ask(trainer, record["groups"])
+        self._replay(trainer, self.batches[trainer.batches :])
+        answers = {answer["batches"]: answer for answer in read_lines(self.path / ANSWERS)}
+        for record in self.batches:
+            if record["batch"] not in self.metrics.recorded:
+                answer = answers[record["batch"]]
+                self.metrics.append(record["batch"], {"version": answer["version"]} | answer.get("metrics", {}))
         return trainer
+
+    def _replay(self, trainer: TrainerProcess, records: Sequence[dict[str, Any]]) -> None:
+        """Have batches taken again that an earlier process took."""
+        for record in records:
+            self._ask(trainer, record["groups"])
 
     def _ask(self, trainer: TrainerProcess, groups: Sequence[int]) -> dict[str, Any]:
         trainer.send(groups)
@@ -260,7 +266,7 @@ class _Run:
             "batch": len(self.batches) + 1, "version": before, "groups": [g.number for g in groups],
             "dropped": [n for n in self.buffer.dropped if not any(n in r["dropped"] for r in self.batches)],
         }  # fmt: skip
-        _append_line(self.path / "batches.jsonl", record)
+        append_line(self.path / "batches.jsonl", record)
         self.batches.append(record)
         start = time.perf_counter()
         answer = self._trained(record["groups"])
@@ -298,8 +304,7 @@ class _Run:
                 self.announce(f"trainer    {error}; starting it again")
                 self.trainer.stop()
                 self.trainer = trainer = TrainerProcess(self.path)
-                for record in self.batches[trainer.batches : -1]:
-                    self._ask(trainer, record["groups"])
+                self._replay(trainer, self.batches[trainer.batches : -1])
         raise AssertionError("unreachable")
 
     def _serve(self, version: int) -> float:
@@ -309,7 +314,7 @@ class _Run:
         path, clear_cache = self.store.open(version).path, self.config.rollout.clear_cache
         updated = self._with_engines(lambda engines: update_all(engines, path, version, clear_cache=clear_cache))
         self.served = version
-        _append_line(self.path / "updates.jsonl", updated.as_dict())
+        append_line(self.path / "updates.jsonl", updated.as_dict())
         for kept in self.store.versions()[-self.config.rollout.keep_weights :]:
             self.store.retain(kept, "run")
         for old in self.store.versions()[: -self.config.rollout.keep_weights]:
@@ -328,25 +333,6 @@ class _Run:
             "batch": batch, "version": self.served, "reward": found.reward, "error": found.error,
             "prompts": found.scored, "failed": found.failed,
         }  # fmt: skip
-        _append_line(self.path / "evaluations.jsonl", record)
+        append_line(self.path / "evaluations.jsonl", record)
         self.announce(f"held out   batch {batch}  reward {found.reward:.3f} (standard error {found.error:.3f})")
         return found
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file; one that a crash cut off is removed from it."""
-    if not path.is_file():
-        return []
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole != len(content):
-        os.truncate(path, whole)
-    return [json.loads(line) for line in content[:whole].splitlines()]
-
-
-def _append_line(path: Path, record: dict[str, Any]) -> None:
-    """Write a record and have it on disk."""
-    with path.open("ab") as stream:
-        stream.write(json.dumps(record).encode() + b"\n")
-        stream.flush()
-        os.fsync(stream.fileno())

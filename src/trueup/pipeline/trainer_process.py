@@ -24,8 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from trueup.errors import NothingToLearn, TrainingError, TrueupError
+from trueup.monitor.metric_log import append_line, read_lines
 
 ANSWER = "TRUEUP "
+ANSWERS = "trainer.jsonl"
+"""Every answer is written down before the checkpoint that makes it one of the past."""
 START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 30.0
 
@@ -136,6 +139,7 @@ class _Child:
         if train.threads is not None:
             torch.set_num_threads(train.threads)
         self.run, self.train = run, train
+        read_lines(run / ANSWERS)  # for its side effect: a line that was cut off is removed
         self.trainer = Trainer(config)
         self.checkpoints = Checkpoints(run / "checkpoints", keep=train.keep_checkpoints)
         self.store = WeightStore(run / "weights")
@@ -168,9 +172,11 @@ class _Child:
             batches=self.state.batches + 1, skipped=skipped, version=self.trainer.version,
             optimizer_steps=self.trainer.weights.steps, model_digest=self.state.model_digest,
         )  # fmt: skip
+        answer = found | self.where()
+        append_line(self.run / ANSWERS, answer)
         if self.state.batches % self.train.checkpoint_every == 0:
             self.checkpoints.save(self.trainer, self.state)
-        return found | self.where()
+        return answer
 
 
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:
