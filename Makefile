@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SMOLLM2 := models/smollm2-135m
 
-.PHONY: setup test test-slow test-vllm fault-matrix lint bench vllm clean
+.PHONY: setup demo test test-slow test-vllm fault-matrix lint bench vllm clean
 
 setup: $(VENV)/.installed $(SMOLLM2)/config.json
 
@@ -15,6 +15,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(SMOLLM2)/config.json: | $(VENV)/.installed
 	$(BIN)/trueup model smollm2 $(SMOLLM2)
+
+models/tiny/config.json: | $(VENV)/.installed
+	$(BIN)/trueup model tiny models/tiny
+
+# From set-up to a summary: preflight, training with updates in flight, held-out reward before and after.
+RUN ?= runs/quickstart
+demo: setup models/tiny/config.json
+	$(BIN)/trueup train examples/quickstart.toml --run $(RUN)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -241,7 +241,7 @@ def train(
     except TrueupError as error:
         raise _fail(error) from None
     for name, value in summary.items():
-        typer.echo(f"{name:20}{value:.1f}" if isinstance(value, float) else f"{name:20}{value}")
+        typer.echo(f"{name:22}{value:.4g}" if isinstance(value, float) else f"{name:22}{value}")
 
 
 @vllm_app.command("install")
