@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from trueup.config import Config, build_config, dump_config, load_config
+from trueup.config import Config, build_config, dump_config, load_config, without_none
 from trueup.errors import ConfigError, TrueupError
 
 app = typer.Typer(
@@ -111,11 +111,7 @@ def _resolve(section: str, given: Mapping[str, object], config: Path | None, set
     """A file, then `--set`s, then the options that were given for a section. Raises ConfigError."""
     base = load_config(config, sets=sets).model_dump()
     base[section] |= {k: v for k, v in given.items() if v is not None}
-    return build_config(_without_none(base), where="command line")
-
-
-def _without_none(values: dict[str, object]) -> dict[str, object]:
-    return {k: _without_none(v) if isinstance(v, dict) else v for k, v in values.items() if v is not None}
+    return build_config(without_none(base), where="command line")
 
 
 def _run_check(config: Config, json_out: Path | None, html_out: Path | None) -> int:

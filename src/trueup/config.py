@@ -385,6 +385,11 @@ def load_config(path: Path | None, *, sets: Sequence[str] = ()) -> Config:
     return build_config(values, sets=sets, where=str(path))
 
 
+def without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a dumped configuration without what is unset, so that it can be built again."""
+    return {k: without_none(v) if isinstance(v, Mapping) else v for k, v in values.items() if v is not None}
+
+
 def dump_config(config: Config) -> str:
     """Return the resolved configuration as JSON, which keeps what is unset (null)."""
     return json.dumps(config.model_dump(mode="json"), indent=2)

@@ -15,6 +15,14 @@ from trueup.pipeline.rollout_log import RolloutLog, group_from_json, read_groups
 quiet = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 
 
+def fill(folder, made):
+    """Write a log of these groups."""
+    log = RolloutLog(folder)
+    for group in made:
+        log.append(group)
+    log.close()
+
+
 @quiet
 @given(made=groups())
 def test_what_is_appended_is_read_back_equal(tmp_path_factory, made):
@@ -29,10 +37,7 @@ def test_what_is_appended_is_read_back_equal(tmp_path_factory, made):
 @given(made=groups(), data=st.data())
 def test_a_crash_at_any_byte_loses_the_last_line_only(tmp_path_factory, made, data):
     folder = tmp_path_factory.mktemp("log")
-    log = RolloutLog(folder)
-    for group in made:
-        log.append(group)
-    log.close()
+    fill(folder, made)
     file = folder / "000000.jsonl"
     whole = file.read_bytes()
     cut = data.draw(st.integers(0, len(whole)))
@@ -50,10 +55,7 @@ def test_a_crash_at_any_byte_loses_the_last_line_only(tmp_path_factory, made, da
 @given(made=groups(), data=st.data())
 def test_a_changed_byte_is_noticed(tmp_path_factory, made, data):
     folder = tmp_path_factory.mktemp("log")
-    log = RolloutLog(folder)
-    for group in made:
-        log.append(group)
-    log.close()
+    fill(folder, made)
     file = folder / "000000.jsonl"
     content = bytearray(file.read_bytes())
     at = data.draw(st.integers(0, len(content) - 2))
@@ -115,9 +117,7 @@ def test_what_is_no_log_is_refused(tmp_path):
 @given(made=groups(), chooser=st.randoms())
 def test_some_groups_are_read_by_number(tmp_path_factory, made, chooser):
     folder = tmp_path_factory.mktemp("log")
-    log = RolloutLog(folder)
-    for group in made:
-        log.append(group)
+    fill(folder, made)
     numbers = chooser.sample(range(len(made)), k=chooser.randint(1, len(made)))
     assert read_some(folder, numbers) == [made[n] for n in numbers]
     with pytest.raises(TraceError, match=f"lacks group {len(made)}"):

@@ -20,7 +20,6 @@ MAY_CHANGE = (
     "train.steps", "train.checkpoint_every", "train.keep_checkpoints", "train.run", "train.from_log",
     "rollout.eval_every", "rollout.keep_weights", "rollout.retries", "rollout.timeout_s", "task.score_timeout_s",
 )  # fmt: skip
-
 """Knobs that do not decide what a batch computes: a resumed run may have other ones."""
 OWN_SECTIONS = ("train", "objective", "correction", "optimizer", "task", "rollout", "sampling", "engine")
 

@@ -27,6 +27,16 @@ class RunState:
     optimizer_steps: int
     model_digest: str
 
+    def after(self, trainer: Trainer, *, skipped: bool) -> RunState:
+        """The state once the trainer has taken another batch, or skipped it."""
+        return RunState(
+            batches=self.batches + 1,
+            skipped=self.skipped + skipped,
+            version=trainer.version,
+            optimizer_steps=trainer.weights.steps,
+            model_digest=self.model_digest,
+        )
+
 
 class Checkpoints:
     """The checkpoints of one run, numbered by batches taken; the newest `keep` stay."""
@@ -52,20 +62,16 @@ class Checkpoints:
                 f"the checkpoint after batch {state.batches} cannot be written ({error}); the last complete one is "
                 f"that after batch {self.newest() or 0}: make room and resume"
             ) from None
-        for number in self._store.versions()[-self._keep :]:
-            self._store.retain(number, "run")
-        for number in self._store.versions()[: -self._keep]:
-            if self._store.holds(number, "run"):
-                self._store.release(number, "run")
-        self._store.prune()
+        self._store.keep_newest(self._keep, "run")
 
     def load(self, trainer: Trainer, *, model_digest: str) -> RunState:
-        """Give the trainer the newest checkpoint.
+        """Give the trainer the newest checkpoint; without one the run is at its beginning.
 
         Raises TrainingError for one of another model, WeightError for a damaged one; the trainer is unchanged then.
         """
         number = self.newest()
-        assert number is not None, "there is a checkpoint"
+        if number is None:
+            return RunState(batches=0, skipped=0, version=0, optimizer_steps=0, model_digest=model_digest)
         snapshot = self._store.open(number)
         try:
             content = json.loads((snapshot.path / STATE_FILE).read_text(encoding="utf-8"))

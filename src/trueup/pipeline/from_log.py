@@ -20,7 +20,7 @@ from trueup.model.load import checkpoint_digest
 from trueup.monitor.metric_log import MetricLog
 from trueup.monitor.progress import TrainProgress
 from trueup.monitor.rundir import RunFolder
-from trueup.pipeline.checkpoint import Checkpoints, RunState, publish
+from trueup.pipeline.checkpoint import Checkpoints, publish
 from trueup.pipeline.recipe import recipe_of
 from trueup.pipeline.rollout_log import read_groups
 from trueup.pipeline.trainer import Trainer
@@ -67,9 +67,7 @@ class _Run:
         self.train, self.run, self.log = train, run, train.from_log
         self.trainer = trainer
         self.checkpoints = Checkpoints(run.path / "checkpoints", keep=train.keep_checkpoints)
-        self.state = RunState(batches=0, skipped=0, version=0, optimizer_steps=0, model_digest=digest)
-        if self.checkpoints.newest() is not None:
-            self.state = self.checkpoints.load(self.trainer, model_digest=digest)
+        self.state = self.checkpoints.load(self.trainer, model_digest=digest)
         self.metrics = MetricLog(run.path / "metrics.jsonl", batches=self.state.batches)
         self.tokens = 0
 
@@ -100,11 +98,11 @@ class _Run:
         return summary
 
     def _batch(self, groups: list[RolloutGroup]) -> dict[str, float]:
-        number, skipped = self.state.batches + 1, self.state.skipped
+        number, skipped = self.state.batches + 1, False
         try:
             report = self.trainer.step(groups)
         except NothingToLearn as error:
-            skipped += 1
+            skipped = True
             record: dict[str, Any] = {"version": self.trainer.version, "skipped": str(error)}
             metrics: dict[str, float] = {}
         except TrueupError as error:
@@ -114,12 +112,6 @@ class _Run:
             self.tokens += int(metrics["tokens/trained/count"])
             record = {"version": report.version} | metrics
             record |= {f"time/{phase}_s": seconds for phase, seconds in report.phase_s.items()}
-        self.state = RunState(
-            batches=number,
-            skipped=skipped,
-            version=self.trainer.version,
-            optimizer_steps=self.trainer.weights.steps,
-            model_digest=self.state.model_digest,
-        )
+        self.state = self.state.after(self.trainer, skipped=skipped)
         self.metrics.append(number, record)
         return metrics

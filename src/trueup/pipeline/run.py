@@ -315,12 +315,7 @@ class _Run:
         updated = self._with_engines(lambda engines: update_all(engines, path, version, clear_cache=clear_cache))
         self.served = version
         append_line(self.path / "updates.jsonl", updated.as_dict())
-        for kept in self.store.versions()[-self.config.rollout.keep_weights :]:
-            self.store.retain(kept, "run")
-        for old in self.store.versions()[: -self.config.rollout.keep_weights]:
-            if self.store.holds(old, "run"):
-                self.store.release(old, "run")
-        self.store.prune()
+        self.store.keep_newest(self.config.rollout.keep_weights, "run")
         return updated.seconds
 
     def _evaluate(self, batch: int) -> Evaluation:

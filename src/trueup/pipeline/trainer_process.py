@@ -125,15 +125,15 @@ class _Child:
     def __init__(self, run: Path) -> None:
         import torch
 
-        from trueup.config import build_config
+        from trueup.config import build_config, without_none
         from trueup.model.load import checkpoint_digest
-        from trueup.pipeline.checkpoint import Checkpoints, RunState
+        from trueup.pipeline.checkpoint import Checkpoints
         from trueup.pipeline.trainer import Trainer
         from trueup.weights.store import WeightStore
 
         content = json.loads((run / "config.json").read_text(encoding="utf-8"))
         content.pop("recipe")
-        config = build_config(_without_none(content), where=str(run / "config.json"))
+        config = build_config(without_none(content), where=str(run / "config.json"))
         train = config.train
         assert train.model is not None
         if train.threads is not None:
@@ -144,9 +144,7 @@ class _Child:
         self.checkpoints = Checkpoints(run / "checkpoints", keep=train.keep_checkpoints)
         self.store = WeightStore(run / "weights")
         digest = checkpoint_digest(train.model)
-        self.state = RunState(batches=0, skipped=0, version=0, optimizer_steps=0, model_digest=digest)
-        if self.checkpoints.newest() is not None:
-            self.state = self.checkpoints.load(self.trainer, model_digest=digest)
+        self.state = self.checkpoints.load(self.trainer, model_digest=digest)
 
     def where(self) -> dict[str, Any]:
         """How far it is."""
@@ -154,33 +152,24 @@ class _Child:
 
     def batch(self, numbers: Sequence[int]) -> dict[str, Any]:
         """Train on groups of the log and publish; a batch without a gradient leaves version and weights as they are."""
-        from trueup.pipeline.checkpoint import RunState, publish
+        from trueup.pipeline.checkpoint import publish
         from trueup.pipeline.rollout_log import read_some
 
         groups = read_some(self.run / "rollouts", numbers)
-        skipped, report = self.state.skipped, None
-        found: dict[str, Any] = {}
+        found: dict[str, Any]
         try:
             report = self.trainer.step(groups)
         except NothingToLearn as error:
-            skipped += 1
-            found["skipped"] = str(error)
+            found = {"skipped": str(error)}
         else:
             snapshot = publish(self.trainer, self.store)
-            found |= {"metrics": report.metrics, "phase_s": report.phase_s, "weights": str(snapshot.path)}
-        self.state = RunState(
-            batches=self.state.batches + 1, skipped=skipped, version=self.trainer.version,
-            optimizer_steps=self.trainer.weights.steps, model_digest=self.state.model_digest,
-        )  # fmt: skip
+            found = {"metrics": report.metrics, "phase_s": report.phase_s, "weights": str(snapshot.path)}
+        self.state = self.state.after(self.trainer, skipped="skipped" in found)
         answer = found | self.where()
         append_line(self.run / ANSWERS, answer)
         if self.state.batches % self.train.checkpoint_every == 0:
             self.checkpoints.save(self.trainer, self.state)
         return answer
-
-
-def _without_none(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: _without_none(v) if isinstance(v, dict) else v for k, v in values.items() if v is not None}
 
 
 def main() -> None:

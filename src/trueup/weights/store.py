@@ -203,10 +203,6 @@ class WeightStore:
         if not self._holders[version]:
             del self._holders[version]
 
-    def holds(self, version: int, holder: str) -> bool:
-        """Whether a holder keeps a version."""
-        return holder in self._holders.get(version, set())
-
     def prune(self) -> list[int]:
         """Delete versions that nobody holds, but never the newest; return what was deleted."""
         gone = [v for v in self.versions()[:-1] if v not in self._holders]
@@ -214,6 +210,15 @@ class WeightStore:
             (self.folder(version) / COMPLETE_FILE).unlink()
             shutil.rmtree(self.folder(version))
         return gone
+
+    def keep_newest(self, count: int, holder: str) -> list[int]:
+        """Have a holder keep the newest `count` versions and no others, and prune; return what was deleted."""
+        kept = self.versions()[-count:]
+        for version in kept:
+            self.retain(version, holder)
+        for version in [v for v, holders in self._holders.items() if holder in holders and v not in kept]:
+            self.release(version, holder)
+        return self.prune()
 
 
 def _write(path: Path, content: bytes) -> None:
