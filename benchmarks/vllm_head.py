@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trueup.config import VllmConfig
 from trueup.engines.base import GenerationRequest
 from trueup.engines.vllm_server import VllmServer
 from trueup.engines.vllm_v1 import VllmEngine
+from trueup.knobs import VllmConfig
 from trueup.model.load import load_model
 from trueup.model.scoring import ScoredRow, hidden_states
 from trueup.policy.head import Head

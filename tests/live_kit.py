@@ -10,10 +10,10 @@ import httpx
 import torch
 import uvicorn
 
-from trueup.config import CheckConfig
 from trueup.engines.embedded.engine import EmbeddedEngine
 from trueup.engines.embedded.options import EngineOptions
 from trueup.engines.embedded.server import make_app
+from trueup.knobs import CheckConfig
 from trueup.model.load import load_model
 from trueup.parity.live import check_engine
 from trueup.weights.store import WeightStore

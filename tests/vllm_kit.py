@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.conftest import ROOT
-from trueup.config import VllmConfig
 from trueup.engines.vllm_server import VllmServer
+from trueup.knobs import VllmConfig
 
 
 def folder_with(model: Path, target: Path, **changed: dict) -> Path:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from trueup.config import Config, build_config, dump_config, load_config, without_none
+from trueup.config import build_config, dump_config, load_config, without_none
 from trueup.errors import ConfigError, TrueupError
+from trueup.knobs import Config
 
 app = typer.Typer(
     name="trueup",
@@ -25,6 +27,7 @@ vllm_app = typer.Typer(help="vLLM in an environment of its own.", no_args_is_hel
 app.add_typer(vllm_app, name="vllm")
 
 COULD_NOT_TEST = 2
+INTERRUPTED = 130
 Sets = Annotated[list[str], typer.Option("--set", metavar="A.B=V", help="Set one knob; may be repeated.")]
 
 
@@ -226,18 +229,52 @@ def train(
 
             summary = train_from_log(resolved, resume=resume, console=console)
         else:
+            from trueup.monitor.metric_log import read_lines
             from trueup.monitor.progress import TrainProgress
             from trueup.pipeline.run import train as train_online
 
-            with TrainProgress(console, total=resolved.train.steps, done=0) as progress:
+            done = len(read_lines(resolved.train.run / "batches.jsonl")) if resume and resolved.train.run else 0
+            say = partial(console.print, markup=False)
+            with TrainProgress(console, total=resolved.train.steps, done=done) as progress:
                 summary = train_online(
-                    resolved, resume=resume, accepted=accept_mismatch or (), announce=console.print,
-                    on_batch=progress.batch,
+                    resolved, resume=resume, accepted=accept_mismatch or (), announce=say, on_batch=progress.batch
                 )  # fmt: skip
     except TrueupError as error:
         raise _fail(error) from None
     for name, value in summary.items():
-        typer.echo(f"{name:22}{value:.4g}" if isinstance(value, float) else f"{name:22}{value}")
+        typer.echo(f"{name:30}{value:.4g}" if isinstance(value, float) else f"{name:30}{value}")
+    if summary.get("interrupted"):
+        typer.echo("interrupted; --resume goes on from here", err=True)
+        raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, the reference first; seeds of one configuration.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Picture to write (.png, .svg, .pdf).")],
+) -> None:
+    """Draw runs beside one another, and say where each first leaves the reference's band.
+
+    Runs whose configurations differ in their seeds alone are one group; the band is the first group's.
+    """
+    from trueup.monitor.compare import departures, grouped
+
+    try:
+        groups = grouped(runs)
+        from trueup.monitor.curves import draw_comparison
+
+        draw_comparison(groups, out)
+    except TrueupError as error:
+        raise _fail(error) from None
+    except (OSError, ValueError) as error:
+        raise _fail(f"{out} cannot be written: {error}") from None
+    found = departures(groups)
+    for group in groups[1:]:
+        own = [d for d in found if d.group == group.name]
+        typer.echo(f"{group.name} against {groups[0].name}: {'stays in the band' if not own else str(own[0])}")
+        for departure in own[1:]:
+            typer.echo(f"  then {departure}")
+    typer.echo(f"figure     {out}")
 
 
 @vllm_app.command("install")

@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 from tests.conftest import DATA, SMOLLM2
 
-from trueup.config import CheckConfig
+from trueup.knobs import CheckConfig
 from trueup.parity.run import check_trace
 
 T1, TOP_P, TOP_K, HOT, PENALTY = (

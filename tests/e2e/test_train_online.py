@@ -130,6 +130,7 @@ def test_what_is_missing_is_named(tmp_path):
 @pytest.mark.parametrize("victim", ["engine", "trainer"])
 def test_a_process_that_is_killed_is_started_again_and_nothing_is_lost(tmp_path, monkeypatch, victim):
     """kill -9 in the middle of a batch, more than once; versions and batches are those of a run without it."""
+    from trueup.pipeline import fleet as fleet_module
     from trueup.pipeline import run as run_module
 
     make_tiny(tmp_path / "tiny")
@@ -142,12 +143,12 @@ def test_a_process_that_is_killed_is_started_again_and_nothing_is_lost(tmp_path,
 
     monkeypatch.setattr(run_module, "TrainerProcess", Remembering)
 
-    def started(config, path, engine_processes=run_module.engine_processes):
+    def started(config, path, engine_processes=fleet_module.engine_processes):
         found = engine_processes(config, path)
         pids["engine"] = lambda: found[0].pid
         return found
 
-    monkeypatch.setattr(run_module, "engine_processes", started)
+    monkeypatch.setattr(fleet_module, "engine_processes", started)
     killed = []
 
     def on_batch(metrics):

@@ -19,8 +19,8 @@ from tests.engine_kit import publish_perturbed
 from tests.fault_matrix.plans import Plan, World
 from tests.plain_trainer import PlainTrainer, make_tiny_gpt2
 from tests.server_kit import ServerProcess
-from trueup.config import CheckConfig
 from trueup.engines.probe_http import Answer, ProbeClient
+from trueup.knobs import CheckConfig
 from trueup.model.load import load_model
 from trueup.parity import check_rollouts
 from trueup.parity.context import Contexts

@@ -5,7 +5,7 @@ import pytest
 import torch
 from tests.plain_engine import PlainEngine, make_tiny_checkpoint
 
-from trueup.config import CheckConfig
+from trueup.knobs import CheckConfig
 from trueup.parity.run import check_trace
 
 T07 = {"temperature": 0.7, "top_p": 0.9}

@@ -4,7 +4,6 @@ import pytest
 import torch
 from tests.engine_kit import request
 
-from trueup.config import ServeConfig
 from trueup.engines.base import EngineCapabilities, RolloutFailure, require, require_sampling
 from trueup.engines.embedded.cache import PrefixStore
 from trueup.engines.embedded.scheduler import Group, Scheduler, Sequence
@@ -19,6 +18,7 @@ from trueup.engines.embedded.wire import (
 from trueup.engines.lives import kv_state
 from trueup.engines.vllm_install import environment_folder, find_environment
 from trueup.errors import ConfigError, EngineError, ModelError, RecordError, UnsupportedByEngine
+from trueup.knobs import ServeConfig
 from trueup.model.tiny import make_tiny
 from trueup.types import CacheLife, KVState, LogprobKind, Prompt, Rollout, SamplingParams
 

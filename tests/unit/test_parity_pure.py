@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from trueup.config import LimitsConfig
+from trueup.knobs import LimitsConfig
 from trueup.parity.against import shared_tokens
 from trueup.parity.evidence import Case, EngineModel, Evidence, Tokens, render, snap
 from trueup.parity.floor import Floor, judge, predict

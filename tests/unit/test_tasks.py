@@ -6,8 +6,9 @@ import time
 
 import pytest
 
-from trueup.config import TaskConfig, build_config
+from trueup.config import build_config
 from trueup.errors import ConfigError, ModelError
+from trueup.knobs import TaskConfig
 from trueup.model.tiny import make_tiny
 from trueup.tasks.base import Question
 from trueup.tasks.prompts import PromptSource, held_out

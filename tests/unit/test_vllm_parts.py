@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tests.conftest import ROOT
 
-from trueup.config import VllmConfig
 from trueup.engines import vllm_install, vllm_plugin
 from trueup.engines.admission import Aborted, Admission
 from trueup.engines.lives import PassedUpdate, kv_state, lives_of
@@ -24,6 +23,7 @@ from trueup.engines.vllm_facts import minor, read_facts
 from trueup.engines.vllm_flags import FlagReport, is_one_of_few, reported_flags
 from trueup.engines.vllm_server import VllmServer
 from trueup.errors import ConfigError, EngineError, ModelError
+from trueup.knobs import VllmConfig
 from trueup.model.load import load_model
 from trueup.model.tiny import make_tiny
 from trueup.types import CacheLife, KVState

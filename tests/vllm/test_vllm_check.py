@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.vllm_kit import folder_with, vllm_server
 
-from trueup.config import CheckConfig
+from trueup.knobs import CheckConfig
 from trueup.parity.live import check_engine
 
 pytestmark = [pytest.mark.vllm, pytest.mark.smollm2]

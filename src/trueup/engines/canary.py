@@ -64,7 +64,7 @@ class Canary:
     def __init__(self, path: Path, *, dtype: torch.dtype, head_dtype: torch.dtype, max_length: int) -> None:
         self._model = load_model(path, dtype=dtype)
         self._head_dtype = head_dtype
-        self.rows = _rows(self._model.vocab_size, max_length)
+        self.rows = canary_rows(self._model.vocab_size, max_length)
         self.expected_T = self._scores()
         self.tolerance = SMALLEST_TOLERANCE
 
@@ -117,7 +117,8 @@ def rms(values_T: Tensor) -> float:
     return value if value == value else float("inf")
 
 
-def _rows(vocab: int, max_length: int) -> list[ScoredRow]:
+def canary_rows(vocab: int, max_length: int) -> list[ScoredRow]:
+    """The fixed tokens that are scored, for a vocabulary and a longest sequence."""
     generator = torch.Generator().manual_seed(0)
     count = min(PROMPT_TOKENS + COMPLETION_TOKENS, max_length - 1)
     ids = torch.randint(vocab, (ROWS, count), generator=generator).tolist()

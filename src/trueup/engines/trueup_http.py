@@ -17,6 +17,7 @@ from trueup.engines.base import (
     UpdateReceipt,
     require,
 )  # fmt: skip
+from trueup.engines.embedded.options import Fault
 from trueup.engines.embedded.wire import capabilities_from_json, rollout_from_json
 from trueup.engines.http import QUICK_TIMEOUT_S
 from trueup.engines.openai_http import OpenAIEngine
@@ -25,6 +26,7 @@ from trueup.model.scoring import ScoredRow
 from trueup.types import LogprobKind, SamplingParams
 
 NAME = "trueup"
+STATUS_TIMEOUT_S = 10.0
 GRACE_S = 5.0
 """How much longer than the server the client waits, so that the server's own words arrive."""
 
@@ -73,9 +75,14 @@ class TrueupEngine(OpenAIEngine):
         content = self._http.post("/control/update_weights", body, timeout_s=timeout_s)
         return UpdateReceipt(**content | {"verified_by": tuple(content["verified_by"])})
 
+    def plant(self, faults: Sequence[Fault]) -> None:
+        """Break the engine on purpose, instead of what was broken before; none heals. Raises EngineError."""
+        body = {"faults": [{"name": fault.name, "values": dict(fault.values)} for fault in faults]}
+        self._http.post("/control/faults", body, timeout_s=QUICK_TIMEOUT_S)
+
     def status(self) -> EngineStatus:
         """See Engine.status."""
-        content = self._http.get("/control/status")
+        content = self._http.get("/control/status", timeout_s=STATUS_TIMEOUT_S)
         content.pop("capabilities", None)
         return EngineStatus(**content)
 

@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trueup.config import VllmConfig
 from trueup.engines.http import HttpClient
 from trueup.engines.vllm_plugin import SWITCH
 from trueup.errors import EngineError
+from trueup.knobs import VllmConfig
 
 TIMEOUT_S = 120.0
 LONG_PROMPT = 300

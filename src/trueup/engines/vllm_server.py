@@ -12,12 +12,13 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from trueup.config import VllmConfig
+from trueup.engines import tether
 from trueup.engines.http import HttpClient, is_loopback
 from trueup.engines.vllm_checkpoint import Checkpoint, read_checkpoint, serve_folder
 from trueup.engines.vllm_flags import FlagReport, report_flags
@@ -25,6 +26,7 @@ from trueup.engines.vllm_install import ensure_plugin, find_environment, launch_
 from trueup.engines.vllm_plugin import SWITCH
 from trueup.env import child_environment
 from trueup.errors import ConfigError, EngineError
+from trueup.knobs import VllmConfig
 
 STOP_TIMEOUT_S = 30.0
 POLL_S = 0.5
@@ -77,7 +79,8 @@ class VllmServer:
         announce(f"starting vLLM {self.config.version}, log in {self.log}")
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(
-                self.command(folder), stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True,
+                [sys.executable, str(Path(tether.__file__)), *self.command(folder)], stdin=subprocess.PIPE,
+                stdout=out, stderr=out, start_new_session=True,
                 env=child_environment(self.variables()),
             )  # fmt: skip
         try:
@@ -102,6 +105,13 @@ class VllmServer:
             process.wait(timeout=STOP_TIMEOUT_S)
         _signal_group(process.pid, signal.SIGKILL)
         process.wait(timeout=STOP_TIMEOUT_S)
+        if process.stdin is not None:
+            process.stdin.close()
+
+    def kill(self) -> None:
+        """End the process and everything it started at once."""
+        if self.process is not None:
+            _signal_group(self.process.pid, signal.SIGKILL)
 
     @property
     def alive(self) -> bool:

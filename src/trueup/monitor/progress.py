@@ -9,11 +9,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 SHOWN = (
     ("reward", "reward/all/mean", "{:.3f}"),
-    ("loss", "loss/total", "{:+.4f}"),
-    ("grad", "grad/norm/mean", "{:.2g}"),
-    ("gap rms", "gap/log_ratio/rms", "{:.2g}"),
-    ("ESS", "gap/ess/token", "{:.4f}"),
-    ("clip", "policy/clip/fraction", "{:.2%}"),
+    ("lag", "lag/oldest_token/max", "{:.0f}"),
+    ("tokens/s", "tokens/generated/per_s", "{:.0f}"),
+    ("ESS", "gap/ess/token", "{:.3f}"),
+    ("gap", "gap/log_ratio/rms", "{:.2g}"),
+    ("clip", "policy/clip/fraction", "{:.1%}"),
+    ("wait", "time/wait_s", "{:.1f}s"),
+    ("train", "time/train_s", "{:.1f}s"),
+    ("pause", "time/pause_s", "{:.2f}s"),
 )
 
 

@@ -12,16 +12,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from trueup.config import Config, dump_config
+from trueup.config import build_config, dump_config, without_none
 from trueup.env import describe
 from trueup.errors import ConfigError
+from trueup.knobs import Config
 
 MAY_CHANGE = (
     "train.steps", "train.checkpoint_every", "train.keep_checkpoints", "train.run", "train.from_log",
     "rollout.eval_every", "rollout.keep_weights", "rollout.retries", "rollout.timeout_s", "task.score_timeout_s",
+    "rollout.min_ess", "rollout.concurrency", "rollout.engines", "rollout.score_workers", "task.held_out",
 )  # fmt: skip
 """Knobs that do not decide what a batch computes: a resumed run may have other ones."""
 OWN_SECTIONS = ("train", "objective", "correction", "optimizer", "task", "rollout", "sampling", "engine")
+
+
+def config_of(path: Path) -> Config:
+    """The configuration that a run has now. Raises ConfigError for a folder that holds no run."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"{path} holds no run (config.json is missing)")
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content.pop("recipe")
+    return build_config(without_none(content), where=str(file))
 
 
 class RunFolder:
@@ -47,7 +59,10 @@ class RunFolder:
 
     @classmethod
     def resume(cls, path: Path, config: Config) -> RunFolder:
-        """Open a run again. Raises ConfigError when there is none, or the configuration computes something else."""
+        """Open a run again, with what its configuration may change.
+
+        Raises ConfigError when there is none, or the configuration computes something else.
+        """
         file = path / "config.json"
         if not file.is_file():
             raise ConfigError(f"{path} holds no run to resume (config.json is missing)")
@@ -60,7 +75,9 @@ class RunFolder:
                         f"{section}.{name} is {value!r} now and was {before.get(section, {}).get(name)!r} when the run "
                         "began: resume with the same, or start another run"
                     )
-        return cls(path, _locked(path))
+        run = cls(path, _locked(path))
+        run.write("config.json", now | {"recipe": before.get("recipe", {})})
+        return run
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file whole or not at all."""

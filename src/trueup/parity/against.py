@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from trueup.config import CheckConfig
 from trueup.engines.probe_http import Answer, ProbeClient, read_token
 from trueup.errors import EngineError, RecordError, TraceError, TrueupError
+from trueup.knobs import CheckConfig
 from trueup.model.load import checkpoint_dtype
 from trueup.parity.evidence import ENGINE, REFERENCE, TRAINER
 from trueup.parity.floor import judge, predict

@@ -11,9 +11,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from trueup.config import CheckConfig
 from trueup.engines.probe_http import Answer, Ask, EngineFacts, ProbeClient
 from trueup.errors import ConfigError, EngineError
+from trueup.knobs import CheckConfig
 from trueup.parity import verdicts
 from trueup.parity.probes import asks_of, scored
 from trueup.parity.prompts import Prompts, make_prompts

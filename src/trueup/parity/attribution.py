@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from trueup.config import LimitsConfig
 from trueup.errors import ModelError, NumericsError
+from trueup.knobs import LimitsConfig
 from trueup.parity.compare import Residual, clearly_better, log_likelihood, loss, residual, separation
 from trueup.parity.evidence import TRAINER, EngineModel, Evidence, Source
 from trueup.parity.findings import Attribution, Finding

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from trueup.config import LimitsConfig
+from trueup.knobs import LimitsConfig
 
 BOOTSTRAPS = 400
 FEW_SEQUENCES = 6

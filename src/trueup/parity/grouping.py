@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from trueup.config import CheckConfig
 from trueup.errors import RecordError, TraceError
+from trueup.knobs import CheckConfig
 from trueup.parity.evidence import EXACT, Case
 from trueup.parity.floor import FLOAT32_NATS
 from trueup.parity.invariants import well_formed

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from trueup import env
-from trueup.config import CheckConfig
 from trueup.engines.probe_http import Answer, EngineFacts, ProbeClient, read_token
 from trueup.errors import ConfigError
+from trueup.knobs import CheckConfig
 from trueup.parity import verdicts
 from trueup.parity.against import URLS, against_baseline, against_engine
 from trueup.parity.asking import FEW, PLAIN, Asking

@@ -11,8 +11,8 @@ from types import FrameType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from trueup.config import CheckConfig
 from trueup.errors import ConfigError, EngineError
+from trueup.knobs import CheckConfig
 from trueup.parity.report import ParityReport
 from trueup.parity.terminal import clean
 

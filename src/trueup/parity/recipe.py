@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from trueup.config import Config
+from trueup.knobs import Config
 from trueup.trace import EngineInfo
 from trueup.types import LogprobKind, SamplingParams
 

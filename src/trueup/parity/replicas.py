@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trueup.config import LimitsConfig
+from trueup.knobs import LimitsConfig
 from trueup.parity.compare import Residual
 from trueup.parity.floor import Floor, judge
 from trueup.parity.report import Cause

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from trueup import env
-from trueup.config import CheckConfig
 from trueup.errors import ConfigError, RecordError, TraceError
+from trueup.knobs import CheckConfig
 from trueup.parity.against import compare_against
 from trueup.parity.assemble import merge, reach, ruled_out, untested
 from trueup.parity.findings import Attribution

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from trueup.config import LimitsConfig
+from trueup.knobs import LimitsConfig
 from trueup.parity.attribution import Attributor
 from trueup.parity.compare import Residual, residual
 from trueup.parity.evidence import ENGINE, REFERENCE, TRAINER, EngineModel, Evidence

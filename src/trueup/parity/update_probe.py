@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trueup.config import CheckConfig
 from trueup.engines.probe_http import Answer, ProbeClient
 from trueup.engines.vllm_checkpoint import read_checkpoint
 from trueup.errors import EngineError, WeightError
+from trueup.knobs import CheckConfig
 from trueup.parity.grouping import group
 from trueup.parity.probes import Probed, asks_of, cached_against_fresh, outcome, paired, scored
 from trueup.parity.progress import uninterrupted

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from trueup.config import CheckConfig, LimitsConfig
 from trueup.errors import ConfigError, ModelError
+from trueup.knobs import CheckConfig, LimitsConfig
 from trueup.model.substitute import EVERYTHING
 from trueup.parity.attribution import EDGE_ALLOWANCE
 from trueup.parity.compare import loss, residual

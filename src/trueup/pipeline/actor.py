@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from trueup.config import RolloutConfig, SamplingConfig
 from trueup.engines.base import Engine, GenerationRequest, RolloutFailure
 from trueup.errors import EngineError
+from trueup.knobs import RolloutConfig, SamplingConfig
 from trueup.pipeline.buffer import Finished, RolloutBuffer
 from trueup.pipeline.rollout_log import RolloutLog
 from trueup.tasks.prompts import PromptSource
@@ -61,11 +61,9 @@ class Actor:
                 self._threads.append(thread)
                 thread.start()
 
-    def stop(self, timeout_s: float) -> None:
-        """Begin no more groups, and wait for those under way."""
+    def stop(self) -> None:
+        """Begin no more groups; those under way are logged if their engines still finish them."""
         self._stopping.set()
-        for thread in self._threads:
-            thread.join(timeout_s)
 
     def _run(self, number: int) -> None:
         try:
@@ -115,6 +113,8 @@ class Actor:
             try:
                 results = engine.generate([request], timeout_s=self.rollout.timeout_s)[0]
             except EngineError:
+                if self._stopping.is_set():
+                    break
                 continue
             rollouts = [r for r in results if not isinstance(r, RolloutFailure) and r.finish_reason != "abort"]
             if len(rollouts) == self.rollout.group_size:

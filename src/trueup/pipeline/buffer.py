@@ -53,9 +53,13 @@ class RolloutBuffer:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def take(self, version: int) -> list[Finished]:
-        """The next batch for a trainer at `version`, or nothing while there are too few; drops what is too old."""
-        fresh = [g for g in self._waiting if version - g.oldest_version <= self.max_lag]
+    def take(self, version: int, *, max_lag: int | None = None) -> list[Finished]:
+        """The next batch for a trainer at `version`, or nothing while there are too few; drops what is too old.
+
+        `max_lag`: for this batch, instead of the run's own.
+        """
+        limit = self.max_lag if max_lag is None else max_lag
+        fresh = [g for g in self._waiting if version - g.oldest_version <= limit]
         if len(fresh) != len(self._waiting):
             kept = {g.number for g in fresh}
             self.dropped += [g.number for g in self._waiting if g.number not in kept]

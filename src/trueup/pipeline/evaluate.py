@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from trueup.config import RolloutConfig, SamplingConfig
 from trueup.engines.base import Engine, GenerationRequest, RolloutFailure
 from trueup.errors import EngineError
+from trueup.knobs import RolloutConfig, SamplingConfig
 from trueup.pipeline.actor import sampling_params
 from trueup.tasks.prompts import PromptSource
 from trueup.tasks.scoring import NotScored, ScoringPool

@@ -21,7 +21,7 @@ from trueup.model.packed import packed_hidden_states
 from trueup.model.scoring import ScoredRow, check_fits
 from trueup.policy.head import Head
 from trueup.policy.logprobs import token_scores
-from trueup.policy.packing import TrainingBatch
+from trueup.policy.packing import TrainingBatch, micro_batches
 from trueup.policy.processing import Distribution, History
 from trueup.types import LogprobKind
 
@@ -101,6 +101,23 @@ def score(
         hidden_TD = packed_hidden_states(model, rows_of(batch), share_prompts=share_prompts)
     with phases.measure("head"):
         return _score_states(hidden_TD, Head.of(model, head_dtype), batch)
+
+
+@torch.no_grad()
+def score_all(
+    model: LoadedModel, head_dtype: torch.dtype, batch: TrainingBatch, *, share_prompts: bool, micro_tokens: int,
+    phases: Phases,
+) -> Scored:  # fmt: skip
+    """Score every token of a batch of any size, without gradient, `micro_tokens` at a time."""
+    size = len(batch.tokens_T)
+    logprobs_T, entropy_T = batch.behaviour_logprobs_T.float(), torch.zeros(size)
+    inside_T = torch.ones(size, dtype=torch.bool)
+    for rows in micro_batches(batch, rows=None, max_tokens=micro_tokens, shared_prompts=share_prompts):
+        found = score(model, head_dtype, batch.rows(rows), share_prompts=share_prompts, phases=phases)
+        token_T = batch.tokens_of(rows)
+        logprobs_T[token_T], entropy_T[token_T] = found.logprobs_T, found.entropy_T
+        inside_T[token_T] = found.inside_T
+    return Scored(logprobs_T=logprobs_T, entropy_T=entropy_T, inside_T=inside_T)
 
 
 def _score_states(hidden_TD: Tensor, head: Head, batch: TrainingBatch) -> Scored:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from trueup.config import Config
 from trueup.errors import ConfigError, NothingToLearn, TrainingError, TrueupError
+from trueup.knobs import Config
 from trueup.model.load import checkpoint_digest
 from trueup.monitor.metric_log import MetricLog
 from trueup.monitor.progress import TrainProgress

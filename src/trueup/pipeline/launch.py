@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 from typing import Protocol
 
-from trueup.config import Config, VllmConfig
 from trueup.engines.base import Engine
 from trueup.engines.embedded.serve import read_or_make_token
 from trueup.engines.trueup_http import TrueupEngine
 from trueup.engines.vllm_server import VllmServer
 from trueup.engines.vllm_v1 import VllmEngine
 from trueup.errors import EngineError
+from trueup.knobs import Config, VllmConfig
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 20.0
@@ -41,6 +41,10 @@ class EngineProcess(Protocol):
         """End it and everything it started."""
         ...
 
+    def kill(self) -> None:
+        """End it at once, whatever it is at."""
+        ...
+
 
 class EmbeddedProcess:
     """`trueup serve` on a free port of this machine."""
@@ -57,6 +61,7 @@ class EmbeddedProcess:
             "model": train.model, "dtype": train.dtype, "head": train.head, "bitwise": str(train.bitwise).lower(),
             "port": 0, "threads": rollout.threads, "weights": self._run / "weights", "token_file": self.token_file,
             "slots": max(1, rollout.concurrency * rollout.group_size), "until_stdin_closes": "true",
+            "allow_faults": str(bool(self._config.engine.faults)).lower(),
         }  # fmt: skip
         sets = [f"--set=serve.{name}={value}" for name, value in knobs.items()]
         return [sys.executable, "-m", "trueup.cli", "serve", *sets]
@@ -106,6 +111,11 @@ class EmbeddedProcess:
         """Of the process, if it was started."""
         return None if self._process is None else self._process.pid
 
+    def kill(self) -> None:
+        """See EngineProcess.kill."""
+        if self._process is not None and self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+
     def stop(self) -> None:
         """See EngineProcess.stop."""
         if self._process is None:
@@ -149,6 +159,10 @@ class VllmProcess:
     def stop(self) -> None:
         """See EngineProcess.stop."""
         self._server.stop()
+
+    def kill(self) -> None:
+        """See EngineProcess.kill."""
+        self._server.kill()
 
 
 def engine_processes(config: Config, run: Path) -> list[EngineProcess]:

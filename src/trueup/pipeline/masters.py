@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from trueup.config import OptimizerConfig
 from trueup.errors import TrainingError
+from trueup.knobs import OptimizerConfig
 from trueup.model.load import LoadedModel
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

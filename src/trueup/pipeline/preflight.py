@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from trueup.config import CheckConfig, Config
 from trueup.errors import EngineError
+from trueup.knobs import CheckConfig, Config
 from trueup.parity.live import check_engine
 from trueup.parity.report import ParityReport, write_json
 from trueup.pipeline.launch import EngineProcess

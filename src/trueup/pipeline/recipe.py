@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trueup.config import Config
 from trueup.errors import ConfigError
+from trueup.knobs import Config
 from trueup.policy import advantages, corrections, objectives
 from trueup.policy.corrections import Correction
 from trueup.policy.objectives import Aggregation, Surrogate

@@ -2,6 +2,7 @@
 
     actor threads   prompt -> engine -> rewards -> rollout log -> buffer
     this thread     buffer -> batches.jsonl -> trainer process -> weights/vNNNNNN -> every engine -> metrics.jsonl
+    auditor         a process that computes samples again: do the engines still agree?
 
 A batch is on disk before the trainer hears of it, a group before it counts: whatever is killed, what was made is
 neither lost nor used twice. A trainer that is started again is given the recorded batches from its last checkpoint on,
@@ -10,43 +11,44 @@ and arrives at the same weights to the last bit.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, TypeVar
+from typing import Any
 
 from trueup.config import Config
-from trueup.engines.base import Engine
 from trueup.errors import ConfigError, EngineError, TrainingError
+from trueup.monitor.curves import draw_run
 from trueup.monitor.metric_log import MetricLog, append_line, read_lines
 from trueup.monitor.rundir import RunFolder
+from trueup.monitor.sinks import Sinks
 from trueup.pipeline.actor import Actor
 from trueup.pipeline.buffer import Finished, RolloutBuffer
+from trueup.pipeline.child import ChildGone
 from trueup.pipeline.evaluate import Evaluation, evaluate
-from trueup.pipeline.launch import EngineProcess, engine_processes
+from trueup.pipeline.fleet import POLL_S, Fleet
+from trueup.pipeline.interrupt import stop_on_signals
 from trueup.pipeline.preflight import preflight
 from trueup.pipeline.recipe import recipe_of
 from trueup.pipeline.rollout_log import RolloutLog, read_groups
-from trueup.pipeline.trainer_process import ANSWERS, TrainerGone, TrainerProcess
-from trueup.pipeline.updater import update_all
+from trueup.pipeline.summary import summarise
+from trueup.pipeline.trainer_process import ANSWERS, TrainerProcess
+from trueup.pipeline.watch import ParityWatch
 from trueup.tasks.base import Task
 from trueup.tasks.prompts import PromptSource
 from trueup.tasks.registry import make_task
 from trueup.tasks.scoring import ScoringPool
 from trueup.weights.store import WeightStore
 
-POLL_S = 0.05
 STARVED_S = 900.0
-"""Without a finished group for this long the run stops: an engine hangs, or every group fails."""
+"""Without a finished group for this long the run stops: every group fails."""
+BATCH_TIMEOUT_S = 3600.0
+"""A trainer that takes longer for a batch hangs, and is started again."""
 RESTARTS = 3
 """Of the trainer, in a row, without a batch between them."""
-NOTICED_S = 2.0
-"""From a broken connection until the process is known to have ended."""
-ENGINE_RESTARTS = 20
-"""Of all engines in one run."""
 FOLDERS = ("logs", "weights", "rollouts", "parity")
 Announce = Callable[[str], None]
-Result = TypeVar("Result")
 
 
 def train(
@@ -61,11 +63,14 @@ def train(
     """Train online; returns the summary, which is also in summary.json.
 
     `accepted`: ids of causes that a mismatch may have and the run goes on. `task`: one's own (tasks/base.py) instead of
-    the one the configuration names. Raises TrueupError; the run can then be resumed.
+    the one the configuration names. The first interrupt or SIGTERM ends the run after the batch under way: saved, to be
+    resumed. Raises TrueupError; the run can then be resumed.
     """
     if config.train.run is None or config.train.model is None or config.train.steps is None:
         missing = next(n for n in ("model", "run", "steps") if getattr(config.train, n) is None)
         raise ConfigError(f"train.{missing} is missing")
+    if config.engine.faults and config.engine.kind != "embedded":
+        raise ConfigError("engine.faults breaks the embedded engine only")
     recipe = recipe_of(config)
     task = task or make_task(config.task)
     path = config.train.run
@@ -74,34 +79,27 @@ def train(
         (path / name).mkdir(exist_ok=True)
     with ExitStack() as stack:
         stack.callback(folder.close)
-        return _Run(config, folder, task, stack, announce, on_batch).go(accepted)
+        stop = stack.enter_context(stop_on_signals(announce))
+        return _Run(config, folder, task, stack, stop, accepted, announce, on_batch).go()
 
 
 class _Run:
     def __init__(
-        self, config: Config, folder: RunFolder, task: Task, stack: ExitStack, announce: Announce,
-        on_batch: Callable[[dict[str, Any]], None],
+        self, config: Config, folder: RunFolder, task: Task, stack: ExitStack, stop: threading.Event,
+        accepted: Sequence[str], announce: Announce, on_batch: Callable[[dict[str, Any]], None],
     ) -> None:  # fmt: skip
         assert config.train.model is not None
-        self.config, self.folder, self.path, self.announce, self.on_batch = (
-            config,
-            folder,
-            folder.path,
-            announce,
-            on_batch,
-        )
+        self.started = time.perf_counter()
+        self.config, self.folder, self.path, self.stop, self.accepted = config, folder, folder.path, stop, accepted
+        self.announce, self.on_batch = announce, on_batch
         self.source = PromptSource(task, config.train.model, chat=config.task.chat, system=config.task.system)
         self.evaluation = self.source.held_out(config.task.held_out)
         self.scoring = ScoringPool(task, workers=config.rollout.score_workers, timeout_s=config.task.score_timeout_s)
         stack.callback(self.scoring.close)
-        self.processes: list[EngineProcess] = engine_processes(config, self.path)
-        for process in self.processes:
-            stack.callback(process.stop)
-        self.engines: list[Engine | None] = [process.start() for process in self.processes]
-        self.revived = 0
-        stack.callback(self._close_engines)
-        self.served = 0
-        """Version that every engine has confirmed."""
+        self.store = WeightStore(self.path / "weights")
+        self.fleet = Fleet(config, self.path, self.store, announce)
+        stack.callback(self.fleet.close)
+        self.fleet.start()
         self.done = 0
         """Batches that were taken and whose version, if they made one, is served."""
         self.log = RolloutLog(self.path / "rollouts")
@@ -109,47 +107,48 @@ class _Run:
         self.batches = read_lines(self.path / "batches.jsonl")
         self.metrics = MetricLog(self.path / "metrics.jsonl", batches=len(self.batches))
         self.buffer = RolloutBuffer(groups_per_batch=config.train.groups, max_lag=config.rollout.max_lag)
-        self.store = WeightStore(self.path / "weights")
-        self.started = time.perf_counter()
+        self.sinks = Sinks(config.monitor.sinks, self.path)
+        stack.callback(self.sinks.close)
+        self.watch = ParityWatch(config, self.path, self.store, accepted=accepted, announce=announce)
+        stack.callback(self.watch.close)
         self.trainer: TrainerProcess | None = None
-        self.totals = {"tokens": 0.0, "lag_max": 0.0, "ess": 0.0}
         stack.callback(self._stop_trainer)
+        self.generated_tokens = 0
+        self.on_policy = False
+        """Whether the next batch takes groups of the served version only (rollout.min_ess)."""
 
-    def go(self, accepted: Sequence[str]) -> dict[str, Any]:
+    def go(self) -> dict[str, Any]:
         """The run from its beginning, or from where it was."""
-        report = preflight(self.config, self.processes, self.path, accepted=accepted, announce=self.announce)
+        config, steps = self.config, self.config.train.steps
+        assert steps is not None
+        report = preflight(config, self.fleet.processes, self.path, accepted=self.accepted, announce=self.announce)
+        self.watch.start()
         trainer = self._start_trainer()
         self._serve(trainer.version)
         self.done = len(self.batches)
-        first = self._evaluate(0) if not self.batches else None
+        self.fleet.after(self.done)
+        if not self.batches:
+            self._evaluate(0)
         actor = self._actor()
         actor.start()
-        last = first
-        steps = self.config.train.steps
-        assert steps is not None
         try:
-            while len(self.batches) < steps:
-                self._batch(actor)
-                if len(self.batches) % self.config.rollout.eval_every == 0 and len(self.batches) < steps:
-                    last = self._evaluate(len(self.batches))
+            while len(self.batches) < steps and not self.stop.is_set():
+                if self._batch(actor) and self.done % config.rollout.eval_every == 0 and self.done < steps:
+                    self._evaluate(self.done)
         finally:
-            actor.stop(self.config.rollout.timeout_s)
-        last = self._evaluate(steps)
-        evaluations = read_lines(self.path / "evaluations.jsonl")
-        summary = {
-            "steps": steps,
+            actor.stop()
+            self.fleet.abort()
+        self.watch.finish()
+        if not self.stop.is_set():
+            self._evaluate(steps)
+        summary = summarise(self.path) | {
             "preflight_verdict": report.verdict,
-            "heldout_reward_start": evaluations[0]["reward"],
-            "heldout_reward_end": last.reward,
-            "seconds": time.perf_counter() - self.started,
-            "tokens": self.totals["tokens"],
-            "lag_max": self.totals["lag_max"],
-            "ess": self.totals["ess"],
-            "version": self.served,
-            "engine_restarts": self.revived,
-            "groups_dropped": len(self.buffer.dropped),
+            "version": self.fleet.served,
+            "engine_restarts": self.fleet.restarts,
             "counts": dict(actor.counts),
+            "interrupted": self.stop.is_set(),
         }
+        draw_run(self.path, self.path / "curves.png")
         self.folder.write("summary.json", summary)
         return summary
 
@@ -166,14 +165,15 @@ class _Run:
         self.buffer.dropped = sorted(dropped)
         prompts = ((i, p) for i, p in self.source.training() if p.prompt_id not in logged)
         return Actor(
-            engines=self.engines, source=self.source, scoring=self.scoring, log=self.log, buffer=self.buffer,
+            engines=self.fleet.engines, source=self.source, scoring=self.scoring, log=self.log, buffer=self.buffer,
             sampling=self.config.sampling, rollout=self.config.rollout, done=lambda: self.done, prompts=prompts,
         )  # fmt: skip
 
     def _start_trainer(self) -> TrainerProcess:
         """Start the trainer and bring it to the last recorded batch."""
         self.trainer = trainer = TrainerProcess(self.path)
-        self._replay(trainer, self.batches[trainer.batches :])
+        for record in self.batches[trainer.batches :]:
+            self._ask(trainer, record["groups"])
         answers = {answer["batches"]: answer for answer in read_lines(self.path / ANSWERS)}
         for record in self.batches:
             if record["batch"] not in self.metrics.recorded:
@@ -181,70 +181,29 @@ class _Run:
                 self.metrics.append(record["batch"], {"version": answer["version"]} | answer.get("metrics", {}))
         return trainer
 
-    def _replay(self, trainer: TrainerProcess, records: Sequence[dict[str, Any]]) -> None:
-        """Have batches taken again that an earlier process took."""
-        for record in records:
-            self._ask(trainer, record["groups"])
-
     def _ask(self, trainer: TrainerProcess, groups: Sequence[int]) -> dict[str, Any]:
-        trainer.send(groups)
+        trainer.train(groups)
+        deadline = time.monotonic() + BATCH_TIMEOUT_S
         while (answer := trainer.answer(POLL_S)) is None:
-            self._watch()
+            self.fleet.watch()
+            self.watch.poll()
+            if time.monotonic() > deadline:
+                trainer.kill()
         return answer
-
-    def _watch(self) -> None:
-        """Start engines again that ended. Raises EngineError when that happens too often."""
-        for number, process in enumerate(self.processes):
-            if not process.alive():
-                self._revive(number)
-
-    def _revive(self, number: int) -> None:
-        """A new process in the place of one that ended, serving what the others serve."""
-        process, old = self.processes[number], self.engines[number]
-        self.revived += 1
-        if self.revived > ENGINE_RESTARTS:
-            raise EngineError(f"{process.name} ended again after {ENGINE_RESTARTS} restarts; see {self.path / 'logs'}")
-        self.announce(f"engine     {process.name} ended; starting it again")
-        self.engines[number] = None
-        if old is not None:
-            old.close()
-        process.stop()
-        engine = process.start()
-        if self.served:
-            path = self.store.open(self.served).path
-            update_all([engine], path, self.served, clear_cache=True)
-        self.engines[number] = engine
-
-    def _with_engines(self, work: Callable[[list[Engine]], Result]) -> Result:
-        """Do something with every engine, and again if one ended on the way."""
-        while True:
-            self._watch()
-            try:
-                return work([engine for engine in self.engines if engine is not None])
-            except EngineError:
-                deadline = time.perf_counter() + NOTICED_S
-                while all(process.alive() for process in self.processes):
-                    if time.perf_counter() > deadline:
-                        raise
-                    time.sleep(POLL_S)
-
-    def _close_engines(self) -> None:
-        for engine in self.engines:
-            if engine is not None:
-                engine.close()
 
     def _stop_trainer(self) -> None:
         if self.trainer is not None:
             self.trainer.stop()
 
     def _next_groups(self, actor: Actor) -> tuple[list[Finished], float]:
-        """Wait for a batch; (groups, seconds waited). Raises when the actor failed or nothing comes any more."""
+        """Wait for a batch: (groups, seconds waited); none when the run is to stop. Raises when nothing comes."""
         start = time.perf_counter()
         known, since = -1, start
         assert self.trainer is not None
-        while True:
+        while not self.stop.is_set():
             with actor.lock:
-                groups, count = self.buffer.take(self.trainer.version), actor.counts["groups"]
+                groups = self.buffer.take(self.trainer.version, max_lag=0 if self.on_policy else None)
+                count = actor.counts["groups"]
             now = time.perf_counter()
             if groups:
                 return groups, now - start
@@ -254,12 +213,16 @@ class _Run:
                 known, since = count, now
             if now - since > STARVED_S:
                 raise EngineError(f"no group was finished for {STARVED_S:.0f} s; {dict(actor.counts)}")
-            self._watch()
+            self.fleet.watch()
+            self.watch.poll()
             time.sleep(POLL_S)
+        return [], time.perf_counter() - start
 
-    def _batch(self, actor: Actor) -> None:
-        """One batch: record it, have it trained on, serve the new version, log what was seen."""
+    def _batch(self, actor: Actor) -> bool:
+        """One batch: record it, have it trained on, serve the new version, log what was seen. False: none was begun."""
         groups, wait_s = self._next_groups(actor)
+        if not groups:
+            return False
         assert self.trainer is not None
         before = self.trainer.version
         record: dict[str, Any] = {
@@ -271,26 +234,42 @@ class _Run:
         start = time.perf_counter()
         answer = self._trained(record["groups"])
         train_s = time.perf_counter() - start
-        update = self._serve(answer["version"])
+        served = self._serve(answer["version"])
         self.done = len(self.batches)
+        self.fleet.after(self.done)
         lags = [before - g.oldest_version for g in groups]
-        metrics = answer.get("metrics", {}) | {
+        with actor.lock:
+            made = actor.counts["generated_tokens"] - self.generated_tokens
+            self.generated_tokens += made
+        seconds = time.perf_counter() - start + wait_s
+        metrics = answer.get("metrics", {}) | served | {
             "lag/oldest_token/max": float(max(lags)),
             "lag/oldest_token/mean": sum(lags) / len(lags),
             "buffer/waiting/count": float(len(self.buffer)),
             "buffer/dropped/count": float(len(self.buffer.dropped)),
+            "tokens/generated/count": float(made),
+            "tokens/generated/per_s": made / seconds,
             "time/wait_s": wait_s,
             "time/train_s": train_s,
-            "time/update_s": update,
+            "time/batch_s": seconds,
             "time/since_start_s": time.perf_counter() - self.started,
-        }
-        metrics |= {f"time/{phase}_s": seconds for phase, seconds in answer.get("phase_s", {}).items()}
+        }  # fmt: skip
+        metrics |= {f"time/{phase}_s": phase_s for phase, phase_s in answer.get("phase_s", {}).items()}
         extra = {"skipped": answer["skipped"]} if "skipped" in answer else {}
         self.metrics.append(record["batch"], {"version": answer["version"]} | metrics | extra)
-        self.totals["tokens"] += metrics.get("tokens/trained/count", 0.0)
-        self.totals["lag_max"] = max(self.totals["lag_max"], metrics["lag/oldest_token/max"])
-        self.totals["ess"] = metrics.get("gap/ess/token", self.totals["ess"])
+        self.sinks.log(record["batch"], metrics)
         self.on_batch(metrics)
+        self._guard(metrics)
+        self.watch.trained(record, after=answer["version"])
+        return True
+
+    def _guard(self, metrics: dict[str, float]) -> None:
+        """PipelineRL's guard (arXiv 2509.19128, in an earlier form of Algorithm 2): low ESS, on-policy data next."""
+        least = self.config.rollout.min_ess
+        low = least is not None and metrics.get("gap/ess/token", 1.0) < least
+        if low and not self.on_policy:
+            self.announce(f"ESS guard  {metrics['gap/ess/token']:.3f} is below {least}: the next batch is on-policy")
+        self.on_policy = low and not self.on_policy
 
     def _trained(self, groups: Sequence[int]) -> dict[str, Any]:
         """Have the trainer take the batch that was just recorded, starting it again if it dies."""
@@ -298,36 +277,42 @@ class _Run:
             assert self.trainer is not None
             try:
                 return self._ask(self.trainer, groups)
-            except TrainerGone as error:
+            except ChildGone as error:
                 if attempt == RESTARTS:
                     raise
                 self.announce(f"trainer    {error}; starting it again")
                 self.trainer.stop()
                 self.trainer = trainer = TrainerProcess(self.path)
-                self._replay(trainer, self.batches[trainer.batches : -1])
+                for record in self.batches[trainer.batches : -1]:
+                    self._ask(trainer, record["groups"])
         raise AssertionError("unreachable")
 
-    def _serve(self, version: int) -> float:
-        """Have every engine serve a version; seconds it took. Older weights are deleted, but for the last few."""
-        if version == self.served:
-            return 0.0
-        path, clear_cache = self.store.open(version).path, self.config.rollout.clear_cache
-        updated = self._with_engines(lambda engines: update_all(engines, path, version, clear_cache=clear_cache))
-        self.served = version
+    def _serve(self, version: int) -> dict[str, float]:
+        """Have every engine serve a version and score the canary. Older weights are deleted, but for the last few."""
+        updated = self.fleet.serve(version)
+        if updated is None and version:
+            return {}
+        start = time.perf_counter()
+        self.fleet.with_engines(lambda engines: self.watch.updated(engines, version))
+        canary_s = time.perf_counter() - start
+        if updated is None:
+            return {}
         append_line(self.path / "updates.jsonl", updated.as_dict())
-        self.store.keep_newest(self.config.rollout.keep_weights, "run")
-        return updated.seconds
+        self.store.keep_newest(max(self.config.rollout.keep_weights, self.watch.keep_weights), "run")
+        pauses = [receipt.paused_s for receipt in updated.receipts]
+        return {"time/update_s": updated.seconds, "time/pause_s": max(pauses), "time/canary_s": canary_s}
 
     def _evaluate(self, batch: int) -> Evaluation:
         """Evaluate what is served, and write it down."""
         sampling, rollout = self.config.sampling, self.config.rollout
-        found = self._with_engines(
+        found = self.fleet.with_engines(
             lambda engines: evaluate(engines, self.source, self.evaluation, self.scoring, sampling, rollout)
         )
         record = {
-            "batch": batch, "version": self.served, "reward": found.reward, "error": found.error,
+            "batch": batch, "version": self.fleet.served, "reward": found.reward, "error": found.error,
             "prompts": found.scored, "failed": found.failed,
         }  # fmt: skip
         append_line(self.path / "evaluations.jsonl", record)
+        self.sinks.log(batch, {"heldout/reward/mean": found.reward})
         self.announce(f"held out   batch {batch}  reward {found.reward:.3f} (standard error {found.error:.3f})")
         return found

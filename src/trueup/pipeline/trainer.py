@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from trueup.config import Config
 from trueup.errors import ConfigError, NothingToLearn, TrainingError
+from trueup.knobs import Config
 from trueup.model.load import LoadedModel, load_model
 from trueup.model.packed import open_policy
-from trueup.pipeline.forward import Phases, Scored, check_batch, score
+from trueup.pipeline.forward import Phases, Scored, check_batch, score, score_all
 from trueup.pipeline.masters import MasterWeights, StepNumbers
 from trueup.pipeline.recipe import Recipe, recipe_of
 from trueup.pipeline.step_metrics import Observed, step_metrics
@@ -54,9 +54,7 @@ class _Part:
 
 
 def _part(batch: TrainingBatch, rows: list[int]) -> _Part:
-    spans = [batch.token_slice(row) for row in rows]
-    token_T = torch.cat([torch.arange(s.start, s.stop) for s in spans])
-    return _Part(rows=rows, batch=batch.rows(rows), token_T=token_T)
+    return _Part(rows=rows, batch=batch.rows(rows), token_T=batch.tokens_of(rows))
 
 
 @dataclass
@@ -156,16 +154,12 @@ class Trainer:
         several = self.config.train.epochs * self.config.train.minibatches > 1
         return self.recipe.normalise or (several and self.recipe.old != OldPolicy.INTERPOLATED)
 
-    @torch.no_grad()
     def _score_all(self, model: LoadedModel, batch: TrainingBatch, phases: Phases) -> Scored:
-        size = len(batch.tokens_T)
-        logprobs_T, entropy_T = batch.behaviour_logprobs_T.float(), torch.zeros(size)
-        inside_T = torch.ones(size, dtype=torch.bool)
-        for part in self._micro_batches(batch):
-            found = self._score(model, part.batch, phases)
-            logprobs_T[part.token_T], entropy_T[part.token_T] = found.logprobs_T, found.entropy_T
-            inside_T[part.token_T] = found.inside_T
-        return Scored(logprobs_T=logprobs_T, entropy_T=entropy_T, inside_T=inside_T)
+        train = self.config.train
+        return score_all(
+            model, self.head_dtype, batch, share_prompts=train.share_prompts, micro_tokens=train.micro_tokens,
+            phases=phases,
+        )  # fmt: skip
 
     def _score(self, model: LoadedModel, batch: TrainingBatch, phases: Phases) -> Scored:
         share = self.config.train.share_prompts

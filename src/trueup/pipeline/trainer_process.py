@@ -1,9 +1,8 @@
 """The trainer in a process of its own: it reads batches from the rollout log by number and publishes weights.
 
-Two teams of threads in one process halve each other, and a trainer that dies must not take the run with it. The parent
-sends one JSON object a line and gets one back; big things go through the run folder. A trainer is a function of the
-log and of the batches taken so far, so a new process that is given the same batches from its last checkpoint on has
-the same weights to the last bit.
+Two teams of threads in one process halve each other, and a trainer that dies must not take the run with it. A trainer
+is a function of the log and of the batches taken so far, so a new process that is given the same batches from its last
+checkpoint on has the same weights to the last bit.
 
     parent                                trainer
     (start)                     ->        {"ready": true, "batches": 10, "version": 10}
@@ -12,111 +11,38 @@ the same weights to the last bit.
 
 from __future__ import annotations
 
-import argparse
-import json
-import select
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from trueup.errors import NothingToLearn, TrainingError, TrueupError
+from trueup.errors import NothingToLearn
 from trueup.monitor.metric_log import append_line, read_lines
+from trueup.monitor.rundir import config_of
+from trueup.pipeline.child import ChildProcess, serve_parent
 
-ANSWER = "TRUEUP "
 ANSWERS = "trainer.jsonl"
 """Every answer is written down before the checkpoint that makes it one of the past."""
-START_TIMEOUT_S = 600.0
-STOP_TIMEOUT_S = 30.0
 
 
-class TrainerProcess:
+class TrainerProcess(ChildProcess):
     """The parent's side. `batches` and `version` are where the trainer stands."""
 
     def __init__(self, run: Path) -> None:
         """Start it on a run folder. Raises TrainingError with its own words when it does not become ready."""
-        self.run, self.batches, self.version = run, 0, 0
-        self._log = (run / "logs" / "trainer.log").open("ab")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "trueup.pipeline.trainer_process", str(run)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, start_new_session=True,
-        )  # fmt: skip
-        self._buffer = b""
-        self._take(self._read(START_TIMEOUT_S))
+        self.batches = self.version = 0
+        super().__init__("trueup.pipeline.trainer_process", run, name="trainer")
 
-    @property
-    def pid(self) -> int:
-        """Of the process."""
-        return self._process.pid
-
-    def send(self, groups: Sequence[int]) -> None:
-        """Ask for a batch. Raises TrainingError when the process is gone."""
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps({"groups": list(groups)}).encode() + b"\n")
-            self._process.stdin.flush()
-        except OSError:
-            raise self._gone() from None
+    def train(self, groups: Sequence[int]) -> None:
+        """Ask for a batch. Raises ChildGone."""
+        self.send({"groups": list(groups)})
 
     def answer(self, timeout_s: float) -> dict[str, Any] | None:
-        """What it did, or None if it is not done yet. Raises TrainingError for a refused step or a dead process."""
-        deadline = time.monotonic() + timeout_s
-        content = self._line(deadline)
-        return None if content is None else self._take(content)
-
-    def _take(self, content: dict[str, Any]) -> dict[str, Any]:
-        if "error" in content:
-            raise TrainingError(content["error"])
-        self.batches, self.version = content["batches"], content["version"]
+        """What it did, or None if it is not done yet. Raises TrainingError for a refused step, ChildGone."""
+        content = super().answer(timeout_s)
+        if content is not None:
+            self.batches, self.version = content["batches"], content["version"]
         return content
-
-    def _read(self, timeout_s: float) -> dict[str, Any]:
-        content = self._line(time.monotonic() + timeout_s)
-        if content is None:
-            self.stop()
-            raise TrainingError(f"the trainer was not ready within {timeout_s:.0f} s; see {self._log.name}")
-        return content
-
-    def _line(self, deadline: float) -> dict[str, Any] | None:
-        assert self._process.stdout is not None
-        while True:
-            line, end, rest = self._buffer.partition(b"\n")
-            if end:
-                self._buffer = rest
-                if line.startswith(ANSWER.encode()):
-                    content: dict[str, Any] = json.loads(line.removeprefix(ANSWER.encode()))
-                    return content
-                continue
-            wait = deadline - time.monotonic()
-            if not select.select([self._process.stdout], [], [], max(0.0, wait))[0]:
-                return None
-            chunk = self._process.stdout.read1(2**16)  # type: ignore[attr-defined]
-            if not chunk:
-                raise self._gone()
-            self._buffer += chunk
-
-    def _gone(self) -> TrainingError:
-        code = self._process.wait(STOP_TIMEOUT_S)
-        return TrainerGone(f"the trainer process ended (exit code {code}); see {self._log.name}")
-
-    def stop(self) -> None:
-        """End the process."""
-        if self._process.stdin is not None:
-            with suppress(BrokenPipeError):  # what was not sent to a process that is gone
-                self._process.stdin.close()
-        try:
-            self._process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait(STOP_TIMEOUT_S)
-        self._log.close()
-
-
-class TrainerGone(TrainingError):
-    """The trainer's process ended; a new one goes on from the last checkpoint."""
 
 
 class _Child:
@@ -125,15 +51,12 @@ class _Child:
     def __init__(self, run: Path) -> None:
         import torch
 
-        from trueup.config import build_config, without_none
         from trueup.model.load import checkpoint_digest
         from trueup.pipeline.checkpoint import Checkpoints
         from trueup.pipeline.trainer import Trainer
         from trueup.weights.store import WeightStore
 
-        content = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        content.pop("recipe")
-        config = build_config(without_none(content), where=str(run / "config.json"))
+        config = config_of(run)
         train = config.train
         assert train.model is not None
         if train.threads is not None:
@@ -150,12 +73,12 @@ class _Child:
         """How far it is."""
         return {"batches": self.state.batches, "version": self.state.version}
 
-    def batch(self, numbers: Sequence[int]) -> dict[str, Any]:
+    def batch(self, request: dict[str, Any]) -> dict[str, Any]:
         """Train on groups of the log and publish; a batch without a gradient leaves version and weights as they are."""
         from trueup.pipeline.checkpoint import publish
         from trueup.pipeline.rollout_log import read_some
 
-        groups = read_some(self.run / "rollouts", numbers)
+        groups = read_some(self.run / "rollouts", request["groups"])
         found: dict[str, Any]
         try:
             report = self.trainer.step(groups)
@@ -171,26 +94,22 @@ class _Child:
             self.checkpoints.save(self.trainer, self.state)
         return answer
 
+    def finish(self) -> None:
+        """Leave a checkpoint of where the run ended."""
+        if self.state.version > 0:
+            self.checkpoints.save(self.trainer, self.state)
+
 
 def main() -> None:
     """Answer the parent until it closes the pipe."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
-    run = parser.parse_args().run
+    run, held = Path(sys.argv[1]), []
 
-    def say(content: dict[str, Any]) -> None:
-        print(ANSWER + json.dumps(content), flush=True)
-
-    try:
+    def start() -> tuple[dict[str, Any], Any]:
         child = _Child(run)
-        say({"ready": True} | child.where())
-        for line in sys.stdin:
-            say(child.batch(json.loads(line)["groups"]))
-        if child.state.version > 0:
-            child.checkpoints.save(child.trainer, child.state)
-    except TrueupError as error:
-        say({"error": str(error)})
-        raise SystemExit(2) from None
+        held.append(child)
+        return child.where(), child.batch
+
+    serve_parent(run, start, lambda: held[0].finish())
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from trueup.engines.base import Engine, UpdateReceipt
+from trueup.engines.base import Engine, PauseMode, UpdateReceipt
 from trueup.errors import EngineError, WeightError
 
 UPDATE_TIMEOUT_S = 300.0
@@ -27,8 +27,8 @@ class Updated:
         return {"version": self.version, "seconds": self.seconds, "receipts": [asdict(r) for r in self.receipts]}
 
 
-def update_all(engines: Sequence[Engine], path: Path, version: int, *, clear_cache: bool) -> Updated:
-    """Load a published version into every engine, side by side.
+def update_all(engines: Sequence[Engine], path: Path, version: int, *, clear_cache: bool, drain: bool) -> Updated:
+    """Load a published version into every engine, side by side; `drain`: once its requests have run to their end.
 
     Each engine verifies what it loads before it serves it, and says how. Raises WeightError when a version was refused,
     EngineError when an engine could not be updated or confirms another version: then the run must not go on with it.
@@ -36,8 +36,7 @@ def update_all(engines: Sequence[Engine], path: Path, version: int, *, clear_cac
     start = time.perf_counter()
     with ThreadPoolExecutor(len(engines), thread_name_prefix="update") as pool:
         futures = [
-            pool.submit(engine.update_weights, path, clear_cache=clear_cache, timeout_s=UPDATE_TIMEOUT_S)
-            for engine in engines
+            pool.submit(_drained if drain else _in_flight, engine, path, clear_cache=clear_cache) for engine in engines
         ]
         receipts = tuple(future.result() for future in futures)
     for receipt in receipts:
@@ -46,3 +45,18 @@ def update_all(engines: Sequence[Engine], path: Path, version: int, *, clear_cac
         if not receipt.verified_by:
             raise WeightError(f"{receipt.engine} did not verify version {version}")
     return Updated(version=version, receipts=receipts, seconds=time.perf_counter() - start)
+
+
+def _in_flight(engine: Engine, path: Path, *, clear_cache: bool) -> UpdateReceipt:
+    return engine.update_weights(path, clear_cache=clear_cache, timeout_s=UPDATE_TIMEOUT_S)
+
+
+def _drained(engine: Engine, path: Path, *, clear_cache: bool) -> UpdateReceipt:
+    """The pause counts from the moment no further request is begun."""
+    start = time.perf_counter()
+    engine.pause(PauseMode.WAIT, timeout_s=UPDATE_TIMEOUT_S)
+    try:
+        receipt = _in_flight(engine, path, clear_cache=clear_cache)
+    finally:
+        engine.resume()
+    return replace(receipt, paused_s=time.perf_counter() - start)

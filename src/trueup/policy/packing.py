@@ -72,10 +72,14 @@ class TrainingBatch:
         end = int(self.length_S[: row + 1].sum())
         return slice(end - int(self.length_S[row]), end)
 
+    def tokens_of(self, rows: Sequence[int]) -> Tensor:
+        """Where the tokens of some sequences lie, in the order given, long."""
+        spans = [self.token_slice(row) for row in rows]
+        return torch.cat([torch.arange(s.start, s.stop) for s in spans])
+
     def rows(self, rows: Sequence[int]) -> TrainingBatch:
         """Some sequences as a batch of their own, in the order given; sequences and groups are numbered anew."""
-        spans = [self.token_slice(row) for row in rows]
-        at_T = torch.cat([torch.arange(s.start, s.stop) for s in spans])
+        at_T = self.tokens_of(rows)
         at_S = torch.tensor(list(rows))
         groups = list(dict.fromkeys(self.group_S[at_S].tolist()))
         return replace(

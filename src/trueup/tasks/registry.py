@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from trueup.config import TaskConfig
 from trueup.errors import ConfigError, nearest
+from trueup.knobs import TaskConfig
 from trueup.tasks.base import Task
 
 REASONING_GYM = "reasoning_gym/"

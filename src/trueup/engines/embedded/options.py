@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from trueup.engines.base import EngineCapabilities, PauseMode
+from trueup.errors import ConfigError
 from trueup.types import LogprobKind
 
 NAME = "embedded"
@@ -48,6 +49,21 @@ class Fault:
 
     name: str
     values: Mapping[str, float | str] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> Fault:
+        """Read what `title` writes. Raises ConfigError for words that are no name=value."""
+        name, *words = text.split()
+        values: dict[str, float | str] = {}
+        for word in words:
+            key, sign, value = word.partition("=")
+            if not sign:
+                raise ConfigError(f"fault {text!r}: {word!r} is no name=value")
+            try:
+                values[key] = float(value)
+            except ValueError:
+                values[key] = value
+        return cls(name=name, values=values)
 
     def title(self) -> str:
         """Return e.g. "window width=24"."""

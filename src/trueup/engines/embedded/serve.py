@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 import uvicorn
 
-from trueup.config import ServeConfig
 from trueup.engines.embedded.engine import EmbeddedEngine
 from trueup.engines.embedded.options import EngineOptions
 from trueup.engines.embedded.server import make_app
 from trueup.errors import ConfigError
+from trueup.knobs import ServeConfig
 
 TOKEN_BYTES = 32
 MIN_TOKEN = 16
