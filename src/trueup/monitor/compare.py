@@ -52,19 +52,21 @@ class Curve:
         """Steps of the moving mean."""
         return max(LEAST_WINDOW, len(self.steps) // 20)
 
+    def _span(self) -> tuple[Array, Array]:
+        """First and last (exclusive) value in the mean around each step."""
+        at, half = np.arange(len(self.values)), self.window // 2
+        return np.maximum(at - half, 0), np.minimum(at + half + 1, len(at))
+
     def smooth(self) -> Array:
         """Centred moving mean; shorter at both ends."""
-        half = self.window // 2
+        low, high = self._span()
         padded = np.concatenate([[0.0], np.cumsum(self.values)])
-        high = np.minimum(np.arange(len(self.values)) + half + 1, len(self.values))
-        low = np.maximum(np.arange(len(self.values)) - half, 0)
         return np.asarray((padded[high] - padded[low]) / (high - low))
 
-    def noise(self) -> float:
-        """Standard deviation of the smoothed curve, from what the smoothing took away."""
-        if len(self.values) < LEAST_WINDOW:
-            return 0.0
-        return float(np.std(self.values - self.smooth()) / np.sqrt(self.window))
+    def noise(self) -> Array:
+        """Standard deviation of the smoothed curve at each step, from what the smoothing took away."""
+        low, high = self._span()
+        return np.asarray(np.std(self.values - self.smooth()) / np.sqrt(high - low))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,10 +123,11 @@ def grouped(runs: Sequence[Path]) -> list[Group]:
 def band(reference: Sequence[Curve], steps: Array) -> tuple[Array, Array]:
     """(low, high) at steps: mean of the smoothed reference curves, 3 standard deviations to each side.
 
-    The deviation is that between seeds where there are several, and never less than a single curve's own noise.
+    The deviation is that between seeds where there are several, and never less than the noise of a difference of two
+    single curves.
     """
     smooth = np.array([np.interp(steps, c.steps, c.smooth()) for c in reference])
-    own = float(np.mean([c.noise() for c in reference]))
+    own = np.sqrt(2) * np.mean([np.interp(steps, c.steps, c.noise()) for c in reference], axis=0)
     spread = np.std(smooth, axis=0, ddof=1) if len(reference) > 1 else np.zeros(len(steps))
     width = SIGMAS * np.maximum(spread, own)
     return smooth.mean(axis=0) - width, smooth.mean(axis=0) + width

@@ -1,0 +1,106 @@
+"""A run that watches its backend: faults planted in the live engine are named, a clean engine is not, and what a ratio
+is made of is told apart."""
+
+import json
+
+import pytest
+from tests.e2e.test_train_online import config, lines
+
+from trueup.model.tiny import make_tiny
+from trueup.pipeline.preflight import MismatchError
+from trueup.pipeline.run import train
+
+SYSTEM = "Answer with the last letter of the word you are given, four times over, and nothing else at all."
+"""Long enough that every prompt begins with a prefix that the engine caches."""
+EVERY = 4
+
+
+def watched(folder, **sections):
+    values = {
+        "train": {"steps": 40, "groups": 8},
+        "task": {"name": "repeat", "held_out": 16, "system": SYSTEM},
+        "sampling": {"temperature": 0.8},
+        "rollout": {"max_tokens": 8, "eval_every": 40},
+        "audit": {"every": EVERY, "tokens": 200},
+    }  # fmt: skip
+    for name, section in sections.items():
+        values[name] = values.get(name, {}) | section
+    return config(folder, **values)
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause"), [("raw_logprobs", "S1"), ("ignored_sync", "W1"), ("stale_prefixes", "W12")]
+)
+def test_a_fault_planted_in_a_live_run_is_named_and_stops_it(tmp_path, fault, cause):
+    make_tiny(tmp_path / "tiny")
+    planted = 10
+    with pytest.raises(MismatchError, match=cause):
+        train(watched(tmp_path, engine={"faults": [fault], "faults_from": planted}))
+    (alarm,) = lines(tmp_path / "run" / "alarms.jsonl")
+    assert alarm["id"] == cause and alarm["fix"]
+    audits = lines(tmp_path / "run" / "audits.jsonl")
+    assert all(a["verdict"] == "agree" for a in audits if a["batch"] <= planted)
+    if alarm["by"] == "audit":
+        # Named by the first audit of rollouts that the broken engine made, and dated to the batch they came in with.
+        assert audits[-1]["batch"] <= planted + 2 * EVERY
+        assert planted < alarm["first_batch"] <= audits[-1]["batch"]
+    assert len(lines(tmp_path / "run" / "batches.jsonl")) < 40
+
+
+def test_a_cause_that_was_accepted_is_written_down_and_the_run_goes_on(tmp_path):
+    make_tiny(tmp_path / "tiny")
+    settings = watched(tmp_path, train={"steps": 12}, engine={"faults": ["raw_logprobs"]})
+    with pytest.raises(MismatchError, match="S1"):
+        train(settings)
+    summary = train(settings, resume=True, accepted=["S1"])
+    assert summary["preflight_verdict"] == "mismatch" and summary["steps"] == 12
+    assert [a.split()[0] for a in summary["alarms"]] == ["S1"]
+
+
+@pytest.mark.parametrize("clear_cache", [True, False])
+def test_backend_stays_at_its_floor_while_staleness_grows_with_lag(tmp_path, clear_cache):
+    make_tiny(tmp_path / "tiny")
+    rollout = {"max_lag": 4, "max_tokens": 32, "clear_cache": clear_cache, "concurrency": 12}
+    summary = train(watched(tmp_path, train={"steps": 24}, rollout=rollout, audit={"tokens": 1000}))
+    audits = lines(tmp_path / "run" / "audits.jsonl")
+    assert len(audits) == 6 and all(a["verdict"] == "agree" for a in audits) and not summary["alarms"]
+    by_lag = {}
+    for audit in audits:
+        assert audit["components"]["backend"]["rms"] <= audit["floor"]["rms"]
+        assert clear_cache is False or audit["components"]["stale_kv"]["max_abs"] < 1e-4
+        for part in audit["components"]["by_lag"]:
+            by_lag.setdefault(part["lag"], []).append((part["staleness"]["rms"], part["backend"]["rms"]))
+    if not clear_cache:
+        assert any(a["replayed"] for a in audits) and any(
+            a["components"]["stale_kv"]["rms"] > a["floor"]["rms"] for a in audits
+        )
+    lags = sorted(by_lag)
+    assert len(lags) > 1
+    staleness = {lag: sum(s for s, _ in by_lag[lag]) / len(by_lag[lag]) for lag in lags}
+    assert staleness[lags[0]] < staleness[lags[-1]]
+    assert all(backend < 2e-5 for lag in lags for _, backend in by_lag[lag])
+
+
+def test_bitwise_and_on_policy_every_ratio_is_exactly_one(tmp_path):
+    make_tiny(tmp_path / "tiny")
+    train(watched(tmp_path, train={"steps": 6, "bitwise": True}, rollout={"max_lag": 0}, audit={"every": 3}))
+    metrics = lines(tmp_path / "run" / "metrics.jsonl")
+    assert len(metrics) == 6
+    for record in metrics:
+        assert record["lag/oldest_token/max"] == 0
+        assert record["gap/log_ratio/max_abs"] == 0.0 and record["policy/ratio/max"] == 1.0
+        assert record["gap/ratio/mean"] == 1.0 and record["gap/ess/token"] == 1.0
+    for audit in lines(tmp_path / "run" / "audits.jsonl"):
+        assert audit["components"]["backend"]["max_abs"] == 0.0
+
+
+def test_the_summary_and_the_picture_come_from_the_folder(tmp_path):
+    from trueup.pipeline.summary import summarise
+
+    make_tiny(tmp_path / "tiny")
+    summary = train(watched(tmp_path, train={"steps": 8}))
+    run = tmp_path / "run"
+    assert (run / "curves.png").stat().st_size > 10_000
+    again = summarise(run)
+    assert all(summary[name] == value for name, value in again.items())
+    assert json.loads((run / "summary.json").read_text())["audits"] == 2
