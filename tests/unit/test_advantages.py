@@ -95,3 +95,12 @@ def test_every_advantage_ignores_a_prompt_wide_bonus(pairs, bonus):
         )
     sums = torch.zeros(4, dtype=torch.float64).index_add_(0, group, adv.group_mean(reward, group))
     assert float(sums.abs().max()) < 1e-9
+
+
+@pytest.mark.parametrize(("reward", "count"), [(0.1, 3), (0.1, 8), (0.7, 8), (1.1, 7), (1 / 3, 6)])
+@pytest.mark.parametrize("kind", [adv.group_mean, adv.leave_one_out, adv.std_normalised, adv.batch_normalised])
+def test_equal_rewards_of_any_value_are_worth_exactly_nothing(reward, count, kind):
+    """A residue of rounding would be a gradient, and Adam makes a full step of any gradient."""
+    rewards = torch.full((2 * count,), reward, dtype=torch.float64)
+    groups = torch.arange(2).repeat_interleave(count)
+    assert not bool(kind(rewards, groups).any())

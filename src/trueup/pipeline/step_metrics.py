@@ -16,6 +16,7 @@ from torch import Tensor
 from trueup.pipeline.forward import Scored
 from trueup.pipeline.masters import StepNumbers
 from trueup.pipeline.recipe import Recipe
+from trueup.policy.advantages import varies
 from trueup.policy.corrections import Correction
 from trueup.policy.diagnostics import diagnose, kl_k3
 from trueup.policy.objectives import Surrogate
@@ -45,6 +46,7 @@ class Observed:
     dropped_T: Tensor
     truncated_T: Tensor
     loss: float = 0.0
+    minibatches: int = 0
 
     @classmethod
     def of(cls, batch: TrainingBatch) -> Observed:
@@ -91,7 +93,7 @@ def step_metrics(
         "tokens/outside_kept_set/count": float((observed.seen_T & ~observed.inside_T).sum()),
         "sequences/trained/count": float(batch.kept_S.sum()),
         "sequences/filtered/count": float((~batch.kept_S).sum()),
-        "loss/total": observed.loss,
+        "loss/total": observed.loss / observed.minibatches,
         "grad/norm/mean": _mean([s.grad_norm for s in steps]),
         "grad/clip_factor/mean": _mean([s.clip_factor for s in steps]),
         "optimizer/lr": steps[-1].lr,
@@ -116,11 +118,12 @@ def _mean(values: Sequence[float]) -> float:
 
 def _rewards(batch: TrainingBatch) -> dict[str, float]:
     groups = len(batch.prompts)
+    first_S = torch.cat([torch.tensor([True]), batch.group_S[1:] != batch.group_S[:-1]])
     spread = [float(batch.reward_S[batch.group_S == g].std(correction=0)) for g in range(groups)]
     return {
         "reward/all/mean": float(batch.reward_S.mean()),
         "reward/group/std": _mean(spread),
-        "reward/group/varied_fraction": _mean([float(s > 0) for s in spread]),
+        "reward/group/varied_fraction": float(first_S[varies(batch.reward_S, batch.group_S)].sum()) / groups,
         "completion/length/mean": float(batch.length_S.double().mean()),
         "completion/truncated/fraction": _mean([float(f.finish_reason == "length") for f in batch.facts]),
     }

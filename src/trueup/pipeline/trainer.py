@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -62,6 +62,9 @@ class _Known:
     """Logprobs of the whole batch that were computed before its first step, [T] each, where they are needed."""
 
     proximal_T: Tensor | None = None
+    inside_T: Tensor | None = None
+    """False where pi_prox is 0: those tokens take no part, wherever pi moves."""
+    steps_planned: int = 1
     correction: Correction | None = None
     steps: list[StepNumbers] = field(default_factory=list)
 
@@ -109,20 +112,23 @@ class Trainer:
             check_batch(self.model, batch)
             batch = with_advantages(batch, *self.recipe.advantages(batch))
             self._refuse_nothing(batch)
-        reference_T = None
+        reference = None
         if self.reference is not None:
             with phases.measure("reference"):
-                reference_T = self._score_all(self.reference, batch, phases).logprobs_T
+                reference = self._score_all(self.reference, batch, phases)
         known = _Known()
         if self._needs_proximal_pass():
             with phases.measure("proximal"):
-                known.proximal_T = self._score_all(self.model, batch, phases).logprobs_T
+                proximal = self._score_all(self.model, batch, phases)
+                known.proximal_T, known.inside_T = proximal.logprobs_T, proximal.inside_T
             if self.recipe.normalise:
                 known.correction = self._correction(batch, known.proximal_T)
         observed = Observed.of(batch)
+        minibatches = self._minibatches(batch)
+        observed.minibatches, known.steps_planned = len(minibatches), self.config.train.epochs * len(minibatches)
         for epoch in range(self.config.train.epochs):
-            for rows in self._minibatches(batch):
-                self._minibatch(batch, rows, reference_T, known, observed if epoch == 0 else None, phases)
+            for rows in minibatches:
+                self._minibatch(batch, rows, reference, known, observed if epoch == 0 else None, phases)
         if not known.steps:
             dropped, clipped = (
                 float(t[observed.seen_T].double().mean()) for t in (observed.dropped_T, observed.clipped_T)
@@ -134,7 +140,8 @@ class Trainer:
         self.version += 1
         return StepReport(
             version=self.version,
-            metrics=step_metrics(batch, observed, known.steps, self.recipe),
+            metrics=step_metrics(batch, observed, known.steps, self.recipe)
+            | ({} if reference is None else {"tokens/outside_reference_set/count": float((~reference.inside_T).sum())}),
             phase_s=dict(phases.seconds),
         )
 
@@ -182,7 +189,7 @@ class Trainer:
         self,
         batch: TrainingBatch,
         rows: list[int],
-        reference_T: Tensor | None,
+        reference: Scored | None,
         known: _Known,
         observed: Observed | None,
         phases: Phases,
@@ -196,7 +203,7 @@ class Trainer:
         self.weights.forget_gradients()
         try:
             for part in self._micro_batches(batch, rows):
-                loss = self._loss(part, weight_T[part.token_T], reference_T, known, observed, log_ratios, phases)
+                loss = self._loss(part, weight_T[part.token_T], reference, known, observed, log_ratios, phases)
                 if not math.isfinite(float(loss.detach())):
                     raise TrainingError(
                         f"the loss is {float(loss.detach())} over sequences {part.rows[0]} to {part.rows[-1]} of the "
@@ -218,7 +225,7 @@ class Trainer:
         self,
         part: _Part,
         weight_T: Tensor,
-        reference_T: Tensor | None,
+        reference: Scored | None,
         known: _Known,
         observed: Observed | None,
         log_ratios: list[tuple[Tensor, Tensor]],
@@ -230,7 +237,7 @@ class Trainer:
         if known.proximal_T is not None:
             proximal_T = known.proximal_T[part.token_T]
         else:  # pi itself before the first step, a guess from it afterwards
-            proximal_T = self._interpolated(scored.logprobs_T, behaviour_T, batch.version_T, len(known.steps))
+            proximal_T = self._interpolated(scored.logprobs_T, behaviour_T, batch.version_T, known)
         log_ratio_T = proximal_T.double() - batch.behaviour_logprobs_T
         log_ratios.append((log_ratio_T, torch.tensor(part.rows)[batch.row_T]))
         if known.correction is None:
@@ -241,32 +248,37 @@ class Trainer:
         advantage_T = batch.advantage_T.to(scored.logprobs_T)
         surrogate = self.recipe.surrogate(scored.logprobs_T, old_T, advantage_T, batch.row_T)
         loss_T = surrogate.loss_T * correction.weight_T.to(scored.logprobs_T)
-        kl_T = self._kl(scored.logprobs_T, old_T, None if reference_T is None else reference_T[part.token_T])
+        kl_T = self._kl(scored.logprobs_T, old_T, reference, part.token_T)
         total_T = loss_T + self.recipe.kl * kl_T - self.recipe.entropy * scored.entropy_T
+        if known.inside_T is not None:
+            scored = replace(scored, inside_T=scored.inside_T & known.inside_T[part.token_T])
         total_T = torch.where(scored.inside_T, total_T, 0.0)
         loss = (weight_T.to(total_T) * total_T).sum()
         if observed is not None:
             observed.add(part.token_T, scored, proximal_T, surrogate, correction, kl_T.detach(), float(loss.detach()))
         return loss
 
-    def _interpolated(self, logprobs_T: Tensor, behaviour_T: Tensor, version_T: Tensor, steps: int) -> Tensor:
-        """pi_prox from pi after `steps` optimiser steps of this batch; before the first one it is pi."""
+    def _interpolated(self, logprobs_T: Tensor, behaviour_T: Tensor, version_T: Tensor, known: _Known) -> Tensor:
+        """pi_prox from pi after some optimiser steps of this batch; before the first one it is pi."""
+        steps = len(known.steps)
         if steps == 0:
             return logprobs_T.detach()
-        per_batch = self.config.train.epochs * self.config.train.minibatches
         return interpolated(
             logprobs_T,
             behaviour_T,
             version_T,
             proximal_version=self.version,
-            current_version=self.version + steps / per_batch,
+            current_version=self.version + steps / known.steps_planned,
         )
 
-    def _kl(self, logprobs_T: Tensor, old_T: Tensor, reference_T: Tensor | None) -> Tensor:
-        if reference_T is None:
+    def _kl(self, logprobs_T: Tensor, old_T: Tensor, reference: Scored | None, token_T: Tensor) -> Tensor:
+        """The KL term; 0 where the reference keeps no such token, and the divergence is infinite: counted apart."""
+        if reference is None:
             return torch.zeros_like(logprobs_T)
+        reference_T = reference.logprobs_T[token_T]
         weight_T = (logprobs_T - old_T).exp() if self.recipe.kl_unbiased else None
-        return kl_term(logprobs_T, reference_T, estimator=self.recipe.kl_estimator, weight_T=weight_T)
+        value_T = kl_term(logprobs_T, reference_T, estimator=self.recipe.kl_estimator, weight_T=weight_T)
+        return torch.where(reference.inside_T[token_T], value_T, 0.0)
 
     def _correction(self, batch: TrainingBatch, proximal_T: Tensor) -> Correction:
         """The correction of the whole batch; sequences that take no part are dropped, and in no mean."""

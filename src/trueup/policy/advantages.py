@@ -31,7 +31,7 @@ def _check(reward_S: Tensor, group_S: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class _Groups:
-    """Per sequence: size of its group and mean of the group's values."""
+    """Per sequence: size of its group and mean of the group's values, exactly their value where all are equal."""
 
     size_S: Tensor
     mean_S: Tensor
@@ -39,8 +39,10 @@ class _Groups:
     @classmethod
     def of(cls, reward_S: Tensor, group_S: Tensor) -> _Groups:
         _, inverse, size = torch.unique(group_S, return_inverse=True, return_counts=True)
-        total = torch.zeros(len(size), dtype=torch.float64).index_add_(0, inverse, reward_S)
-        return cls(size_S=size[inverse], mean_S=(total / size)[inverse])
+        low = torch.zeros(len(size), dtype=torch.float64)
+        low = low.scatter_reduce(0, inverse, reward_S, "amin", include_self=False)
+        above = torch.zeros_like(low).index_add_(0, inverse, reward_S - low[inverse])
+        return cls(size_S=size[inverse], mean_S=(low + above / size)[inverse])
 
 
 def group_mean(reward_S: Tensor, group_S: Tensor) -> Tensor:
