@@ -85,7 +85,7 @@ def check(
     against: Annotated[
         str | None, typer.Option(help="Another engine's URL, another trace, or a report.json as baseline.")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file with a [check] section.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file; its section check is read.")] = None,
     sets: Sets = [],  # noqa: B006  (typer reads the default, nobody mutates it)
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the report as JSON.")] = None,
     html_out: Annotated[Path | None, typer.Option("--html", help="Write the report as one HTML file.")] = None,
@@ -178,7 +178,7 @@ def serve(
     allow_faults: Annotated[
         bool | None, typer.Option("--allow-faults", help="Let /control/faults break the engine on purpose.")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file with a [serve] section.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file; its section serve is read.")] = None,
     sets: Sets = [],  # noqa: B006
 ) -> None:
     """Serve a policy with the embedded engine: OpenAI-compatible, with ids, versions and a control plane.
@@ -200,7 +200,7 @@ def serve(
 
 @app.command()
 def train(
-    file: Annotated[Path | None, typer.Argument(help="TOML file with [train], [objective], [optimizer] ...")] = None,
+    file: Annotated[Path | None, typer.Argument(help="TOML file; examples/ has some.")] = None,
     from_log: Annotated[Path | None, typer.Option(help="Train on this rollout log alone, no engine.")] = None,
     model: Annotated[Path | None, typer.Option(help="The policy to start from, a local Hugging Face folder.")] = None,
     run: Annotated[Path | None, typer.Option(help="Run folder: configuration, metrics, checkpoints, weights.")] = None,
@@ -303,7 +303,7 @@ def vllm_serve(
     dtype: Annotated[str | None, typer.Option(help="Body and cache: bfloat16 or float32.")] = None,
     head: Annotated[str | None, typer.Option(help="Head matmul: float32 or bfloat16.")] = None,
     run: Annotated[Path | None, typer.Option(help="Folder for the log and what vLLM is given.")] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file with a [vllm] section.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file; its section vllm is read.")] = None,
     sets: Sets = [],  # noqa: B006
 ) -> None:
     """Serve a policy with vLLM so that it agrees with the trainer, and say which flags were seen to hold.

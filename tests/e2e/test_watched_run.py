@@ -59,26 +59,28 @@ def test_a_cause_that_was_accepted_is_written_down_and_the_run_goes_on(tmp_path)
 
 @pytest.mark.parametrize("clear_cache", [True, False])
 def test_backend_stays_at_its_floor_while_staleness_grows_with_lag(tmp_path, clear_cache):
+    """Lags are compared inside an audit: how far the policy moves in a batch changes from batch to batch."""
     make_tiny(tmp_path / "tiny")
     rollout = {"max_lag": 4, "max_tokens": 32, "clear_cache": clear_cache, "concurrency": 12}
-    summary = train(watched(tmp_path, train={"steps": 24}, rollout=rollout, audit={"tokens": 1000}))
+    audit = {"every": 1, "tokens": 1000}
+    settings = watched(tmp_path, train={"steps": 14}, rollout=rollout, audit=audit, optimizer={"lr": 2e-4})
+    summary = train(settings)
     audits = lines(tmp_path / "run" / "audits.jsonl")
-    assert len(audits) == 6 and all(a["verdict"] == "agree" for a in audits) and not summary["alarms"]
-    by_lag = {}
+    assert len(audits) == 14 and all(a["verdict"] == "agree" for a in audits) and not summary["alarms"]
+    nearest, furthest = [], []
     for audit in audits:
         assert audit["components"]["backend"]["rms"] <= audit["floor"]["rms"]
         assert clear_cache is False or audit["components"]["stale_kv"]["max_abs"] < 1e-4
-        for part in audit["components"]["by_lag"]:
-            by_lag.setdefault(part["lag"], []).append((part["staleness"]["rms"], part["backend"]["rms"]))
+        parts = [part for part in audit["components"]["by_lag"] if part["tokens"] >= 30]
+        assert all(part["backend"]["rms"] <= audit["floor"]["rms"] for part in parts)
+        if len(parts) > 1:
+            nearest.append(parts[0]["staleness"]["rms"])
+            furthest.append(parts[-1]["staleness"]["rms"])
     if not clear_cache:
         assert any(a["replayed"] for a in audits) and any(
             a["components"]["stale_kv"]["rms"] > a["floor"]["rms"] for a in audits
         )
-    lags = sorted(by_lag)
-    assert len(lags) > 1
-    staleness = {lag: sum(s for s, _ in by_lag[lag]) / len(by_lag[lag]) for lag in lags}
-    assert staleness[lags[0]] < staleness[lags[-1]]
-    assert all(backend < 2e-5 for lag in lags for _, backend in by_lag[lag])
+    assert nearest and sum(furthest) > 1.2 * sum(nearest)
 
 
 def test_bitwise_and_on_policy_every_ratio_is_exactly_one(tmp_path):
