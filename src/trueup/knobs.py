@@ -268,7 +268,9 @@ class ObjectiveConfig(_Section):
     )
     kl: float | None = Field(None, ge=0, description="coefficient of the KL term to the reference policy")
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    kl_unbiased: bool = Field(False, description="weigh the KL term by pi/old")
+    kl_unbiased: bool = Field(
+        False, description="weigh the KL term by pi/old, as TRL does by default; old is objective.old"
+    )
     entropy: float = Field(0.0, description="coefficient of the entropy bonus")
     drop_zero_variance: bool | None = Field(None, description="leave out prompts whose rewards are all equal")
     drop_overlong: bool | None = Field(None, description="leave out completions that hit their length limit")
@@ -298,7 +300,7 @@ class OptimizerConfig(_Section):
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     eps: float = Field(1e-15, gt=0, description="gradients of 1e-18 to 1e-5 vanish beside the usual 1e-8")
-    weight_decay: float = Field(0.01, ge=0, description="of matrices; norms and biases do not decay")
+    weight_decay: float = Field(0.01, ge=0, description="of matrices; lr x decay below 3e-8 is lost in float32")
     clip_norm: float = Field(0.3, gt=0, description="largest norm of the whole gradient")
 
 

@@ -143,6 +143,12 @@ def recipe_of(config: Config) -> Recipe:
             f"objective.old = bypass puts pi/mu into the objective already; correction.kind = {correction.kind} would "
             "weigh the same gap a second time. Use old = decoupled, or a correction that only rejects"
         )
+    if chosen["kl"] and objective.kl_estimator == ("k2" if objective.kl_unbiased else "k1"):
+        raise ConfigError(
+            "objective.kl_estimator = k2 is already right as a loss and wrong once weighted: leave kl_unbiased off"
+            if objective.kl_unbiased
+            else "objective.kl_estimator = k1 has no gradient in expectation: take k2 or k3, or set kl_unbiased"
+        )
     for name in ("lower", "upper"):
         if getattr(correction, name) is not None and name not in BOUNDS.get(correction.kind, ()):
             raise ConfigError(f"correction.{name} has no meaning for {correction.kind}; leave it out")

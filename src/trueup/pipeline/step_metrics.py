@@ -19,16 +19,8 @@ from trueup.pipeline.recipe import Recipe
 from trueup.policy.advantages import varies
 from trueup.policy.corrections import Correction
 from trueup.policy.diagnostics import diagnose, kl_k3
-from trueup.policy.objectives import Surrogate
+from trueup.policy.objectives import Surrogate, sequence_mean
 from trueup.policy.packing import TrainingBatch
-
-ALIASES = {
-    "policy/clip/fraction": "clamp_log_ratio_new_old_indicator",
-    "policy/kl_old/k3": "kl_new_old",
-    "policy/entropy/mean": "entropy",
-    "reward/all/mean": "reward",
-}
-"""PipelineRL's names for the same numbers, so that its figures can be drawn again."""
 
 
 @dataclass
@@ -40,7 +32,9 @@ class Observed:
     inside_T: Tensor
     seen_T: Tensor
     clipped_T: Tensor
+    beyond_T: Tensor
     policy_log_ratio_T: Tensor
+    """Per token, log pi - log old, whatever level the objective clips at."""
     kl_T: Tensor
     weight_T: Tensor
     dropped_T: Tensor
@@ -53,7 +47,7 @@ class Observed:
         """Nothing seen yet."""
         size = len(batch.tokens_T)
         numbers = torch.zeros(5, size, dtype=torch.float64).unbind()
-        flags = torch.zeros(5, size, dtype=torch.bool).unbind()
+        flags = torch.zeros(6, size, dtype=torch.bool).unbind()
         return cls(
             proximal_T=numbers[0],
             entropy_T=numbers[1],
@@ -65,18 +59,19 @@ class Observed:
             clipped_T=flags[2],
             dropped_T=flags[3],
             truncated_T=flags[4],
+            beyond_T=flags[5],
         )
 
     def add(
-        self, token_T: Tensor, scored: Scored, proximal_T: Tensor, surrogate: Surrogate, correction: Correction,
-        kl_T: Tensor, loss: float,
+        self, token_T: Tensor, scored: Scored, proximal_T: Tensor, old_T: Tensor, surrogate: Surrogate,
+        correction: Correction, kl_T: Tensor, loss: float,
     ) -> None:  # fmt: skip
         """Record the tokens at `token_T` of the batch and the share of the loss they had."""
         self.proximal_T[token_T] = proximal_T.double()
         self.entropy_T[token_T] = scored.entropy_T.detach().double()
         self.inside_T[token_T], self.seen_T[token_T] = scored.inside_T, True
-        self.clipped_T[token_T] = surrogate.clipped_T
-        self.policy_log_ratio_T[token_T] = surrogate.log_ratio_T.double()
+        self.clipped_T[token_T], self.beyond_T[token_T] = surrogate.clipped_T, surrogate.beyond_T
+        self.policy_log_ratio_T[token_T] = (scored.logprobs_T.detach() - old_T).double()
         self.kl_T[token_T] = kl_T.double()
         self.weight_T[token_T] = correction.weight_T
         self.dropped_T[token_T], self.truncated_T[token_T] = ~correction.kept_T, correction.truncated_T
@@ -109,7 +104,27 @@ def step_metrics(
     if recipe.kl:
         found["policy/kl_reference/mean"] = float(observed.kl_T[at_T].mean())
     found |= _gap(batch, observed, at_T)
-    return found | {alias: found[name] for name, alias in ALIASES.items()}
+    return found | _as_pipelinerl(batch, observed, at_T, found)
+
+
+def _as_pipelinerl(batch: TrainingBatch, observed: Observed, at_T: Tensor, found: dict[str, float]) -> dict[str, float]:
+    """PipelineRL's four names with its averages, so that its figures can be drawn again (finetune/rl/__init__.py).
+
+    Both of the ratio are means over sequences of means over their tokens; the indicator counts every ratio outside the
+    band, where `policy/clip/fraction` counts those whose gradient is cut.
+    """
+    ratio_T, row_T = observed.policy_log_ratio_T[at_T], batch.row_T[at_T]
+    return {
+        "clamp_log_ratio_new_old_indicator": _mean_of_means(observed.beyond_T[at_T].double(), row_T),
+        "kl_new_old": _mean_of_means(ratio_T.expm1() - ratio_T, row_T),
+        "entropy": found["policy/entropy/mean"],
+        "reward": found["reward/all/mean"],
+    }
+
+
+def _mean_of_means(values_T: Tensor, row_T: Tensor) -> float:
+    rows = torch.unique(row_T)
+    return float(sequence_mean(values_T, row_T)[torch.searchsorted(row_T, rows)].mean())
 
 
 def _mean(values: Sequence[float]) -> float:

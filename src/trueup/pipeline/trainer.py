@@ -255,7 +255,9 @@ class Trainer:
         total_T = torch.where(scored.inside_T, total_T, 0.0)
         loss = (weight_T.to(total_T) * total_T).sum()
         if observed is not None:
-            observed.add(part.token_T, scored, proximal_T, surrogate, correction, kl_T.detach(), float(loss.detach()))
+            observed.add(
+                part.token_T, scored, proximal_T, old_T, surrogate, correction, kl_T.detach(), float(loss.detach())
+            )
         return loss
 
     def _interpolated(self, logprobs_T: Tensor, behaviour_T: Tensor, version_T: Tensor, known: _Known) -> Tensor:

@@ -21,10 +21,14 @@ from trueup.errors import NumericsError
 
 @dataclass(frozen=True, kw_only=True)
 class Surrogate:
-    """`loss_T` differentiable; `log_ratio_T` what was clipped, log(pi / old) of the objective's level, detached."""
+    """`loss_T` differentiable; `log_ratio_T` what was clipped, log(pi / old) of the objective's level, detached.
+
+    `beyond_T`: the ratio lies outside the objective's bounds, whether or not that cuts the gradient.
+    """
 
     loss_T: Tensor
     clipped_T: Tensor
+    beyond_T: Tensor
     log_ratio_T: Tensor
 
 
@@ -58,22 +62,27 @@ def cispo(
     log_ratio_T = logprobs_T.detach() - old_T
     ratio_T = log_ratio_T.exp()
     weight_T = ratio_T.clamp(min_ratio, max_ratio)
+    cut_T = weight_T != ratio_T
     return Surrogate(
-        loss_T=-weight_T * advantage_T * logprobs_T, clipped_T=weight_T != ratio_T, log_ratio_T=log_ratio_T
+        loss_T=-weight_T * advantage_T * logprobs_T, clipped_T=cut_T, beyond_T=cut_T, log_ratio_T=log_ratio_T
     )
 
 
 def _clipped(log_ratio_T: Tensor, advantage_T: Tensor, low: float, high: float, dual: float | None = None) -> Surrogate:
     """-min(r A, clip(r, 1 - low, 1 + high) A), and at least -dual A where A < 0."""
     ratio_T = log_ratio_T.exp()
-    plain_T, bounded_T = ratio_T * advantage_T, ratio_T.clamp(1 - low, 1 + high) * advantage_T
+    within_T = ratio_T.clamp(1 - low, 1 + high)
+    plain_T, bounded_T = ratio_T * advantage_T, within_T * advantage_T
     gain_T = torch.minimum(plain_T, bounded_T)
     clipped_T = bounded_T < plain_T
     if dual is not None:
         floor_T = dual * advantage_T
         bound_T = (advantage_T < 0) & (gain_T < floor_T)
         gain_T, clipped_T = torch.where(bound_T, floor_T, gain_T), clipped_T | bound_T
-    return Surrogate(loss_T=-gain_T, clipped_T=clipped_T.detach(), log_ratio_T=log_ratio_T.detach())
+    return Surrogate(
+        loss_T=-gain_T, clipped_T=clipped_T.detach(), beyond_T=(within_T != ratio_T).detach(),
+        log_ratio_T=log_ratio_T.detach(),
+    )  # fmt: skip
 
 
 def ppo(
@@ -132,8 +141,10 @@ def kl_term(
 ) -> Tensor:
     """Estimate of KL(pi || reference) a token, [T], differentiable (Schulman 2020; GRPO, equation 4, uses k3).
 
-    k1: log(pi/ref). k2: half its square. k3: ref/pi - log(ref/pi) - 1. `weight_T` = pi/old makes the estimate of stale
-    tokens unbiased (DeepSeek-V3.2; TRL's use_bias_correction_kl); it may carry a gradient. `reference_T` comes from a
+    k1: log(pi/ref). k2: half its square. k3: ref/pi - log(ref/pi) - 1. As values, k1 and k3 estimate the divergence;
+    as a loss without `weight_T`, k2 has its gradient, k3 that of the reverse divergence, and k1 none in expectation.
+    `weight_T` = pi/old, carrying its gradient, makes k1 and k3 right, on stale tokens too (DeepSeek-V3.2; TRL's
+    use_bias_correction_kl); with it k2 is of no divergence. `reference_T` comes from a
     forward pass of the reference policy over the same tokens. Raises NumericsError for another estimator.
     """
     _same_length(logprobs_T, reference_T)
