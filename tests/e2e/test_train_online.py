@@ -171,14 +171,14 @@ def test_a_process_that_is_killed_is_started_again_and_nothing_is_lost(tmp_path,
     assert summary["version"] == metrics[-1]["version"] == 6
     assert summary["engine_restarts"] == (3 if victim == "engine" else 0)
     # What was trained is what the recorded batches give: a trainer on the log alone has the same weights.
-    from trueup.pipeline.rollout_log import read_some
+    from trueup.pipeline.rollout_log import LogReader
     from trueup.pipeline.trainer import Trainer
     from trueup.weights.store import load_tensors
 
     torch.set_num_threads(1)
     again = Trainer(config(tmp_path))
     for batch in batches:
-        again.step(read_some(run / "rollouts", batch["groups"]))
+        again.step(LogReader(run / "rollouts").read(batch["groups"]))
     store = WeightStore(run / "weights")
     published = load_tensors(store.open(6))
     assert all(torch.equal(again.weights.published()[name], value) for name, value in published.items())

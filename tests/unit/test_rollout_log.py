@@ -10,7 +10,7 @@ from tests.unit.test_packing import groups
 
 from trueup.errors import RecordError, TraceError
 from trueup.pipeline import rollout_log
-from trueup.pipeline.rollout_log import RolloutLog, group_from_json, read_groups, read_some
+from trueup.pipeline.rollout_log import LogReader, RolloutLog, group_from_json, read_groups
 
 quiet = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 
@@ -117,8 +117,13 @@ def test_what_is_no_log_is_refused(tmp_path):
 @given(made=groups(), chooser=st.randoms())
 def test_some_groups_are_read_by_number(tmp_path_factory, made, chooser):
     folder = tmp_path_factory.mktemp("log")
-    fill(folder, made)
+    half = len(made) // 2
+    fill(folder, made[:half])
+    reader = LogReader(folder)
+    if half:
+        assert reader.read([half - 1]) == [made[half - 1]]
+    fill(folder, made[half:])  # the log grows while it is read
     numbers = chooser.sample(range(len(made)), k=chooser.randint(1, len(made)))
-    assert read_some(folder, numbers) == [made[n] for n in numbers]
+    assert reader.read(numbers) == LogReader(folder).read(numbers) == [made[n] for n in numbers]
     with pytest.raises(TraceError, match=f"lacks group {len(made)}"):
-        read_some(folder, [0, len(made)])
+        reader.read([0, len(made)])

@@ -26,6 +26,8 @@ CLOSE_TIMEOUT_S = 5.0
 GRACE_S = 5.0
 """For the loop to notice that a deadline passed; a loop that was stopped meanwhile never does."""
 CONNECTIONS = 256
+KEPT_IDLE_S = 2.0
+"""A connection that idles longer is not used again: servers (uvicorn: 5 s) close them at that very moment."""
 TOOK_TOO_LONG = "took longer than allowed"
 """In the message of each error that is a timeout."""
 MAX_ANSWER_BYTES = 256 * 2**20
@@ -49,7 +51,9 @@ class HttpClient:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.max_bytes = max_bytes
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        limits = httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS)
+        limits = httpx.Limits(
+            max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS, keepalive_expiry=KEPT_IDLE_S
+        )
         self._client = httpx.AsyncClient(
             base_url=self.url, headers=headers, limits=limits, trust_env=False, timeout=None
         )

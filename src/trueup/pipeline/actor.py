@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from trueup.engines.base import Engine, GenerationRequest, RolloutFailure
-from trueup.errors import EngineError
+from trueup.errors import EngineError, TrainingError
 from trueup.knobs import RolloutConfig, SamplingConfig
 from trueup.pipeline.buffer import Finished, RolloutBuffer
 from trueup.pipeline.rollout_log import RolloutLog
@@ -22,6 +22,8 @@ from trueup.types import Prompt, Rollout, RolloutGroup, SamplingParams
 
 IDLE_S = 0.02
 """Between looks at whether another group may begin."""
+FAILED_IN_A_ROW = 32
+"""Groups that come to nothing one after the other, or as many as are under way at once, before the run is stopped."""
 
 
 def sampling_params(sampling: SamplingConfig, rollout: RolloutConfig, prompt_id: str) -> SamplingParams:
@@ -29,6 +31,13 @@ def sampling_params(sampling: SamplingConfig, rollout: RolloutConfig, prompt_id:
     digest = hashlib.sha256(f"{rollout.seed} {prompt_id}".encode()).digest()
     seed = int.from_bytes(digest[:4], "big") % 2**31
     return SamplingParams(**sampling.model_dump(), max_tokens=rollout.max_tokens, seed=seed)
+
+
+@dataclass(frozen=True, slots=True)
+class NoGroup:
+    """Why a group came to nothing."""
+
+    reason: str
 
 
 @dataclass
@@ -48,8 +57,9 @@ class Actor:
     prompts: Iterator[tuple[int, Prompt]]
     lock: threading.Lock = field(default_factory=threading.Lock)
     counts: Counter[str] = field(default_factory=Counter)
-    """groups, retries, failed_groups, unscored, generated_tokens."""
+    """groups, retries, failed_groups, abandoned_groups (at the end), unscored, generated_tokens."""
     failure: BaseException | None = None
+    _failed_in_a_row: int = 0
     _stopping: threading.Event = field(default_factory=threading.Event)
     _threads: list[threading.Thread] = field(default_factory=list)
 
@@ -84,51 +94,63 @@ class Actor:
             return next(self.prompts)[1]
 
     def _group(self, number: int, prompt: Prompt) -> None:
-        """Make one group and log it; one that comes to nothing is counted."""
-        rollouts = self._generate(number, prompt)
-        rewards = None if rollouts is None else self._rewards(prompt, rollouts)
+        """Make one group and log it; one that comes to nothing is counted. Raises TrainingError when all of them do."""
+        made = self._generate(number, prompt)
+        rewards = made if isinstance(made, NoGroup) else self._rewards(prompt, made)
         with self.lock:
-            if rollouts is None or rewards is None:
-                self.counts["failed_groups"] += 1
-                self.buffer.fail()
-                return
-            group = RolloutGroup(rollouts=tuple(rollouts), rewards=tuple(rewards))
+            if isinstance(made, NoGroup) or isinstance(rewards, NoGroup):
+                assert isinstance(rewards, NoGroup)
+                return self._came_to_nothing(rewards)
+            group = RolloutGroup(rollouts=tuple(made), rewards=tuple(rewards))
             logged = self.log.append(group)
             self.buffer.add(Finished(number=logged, oldest_version=group.oldest_version))
+            self._failed_in_a_row = 0
             self.counts["groups"] += 1
-            self.counts["generated_tokens"] += sum(len(r.token_ids) for r in rollouts)
+            self.counts["generated_tokens"] += sum(len(r.token_ids) for r in made)
 
-    def _generate(self, number: int, prompt: Prompt) -> list[Rollout] | None:
+    def _came_to_nothing(self, why: NoGroup) -> None:
+        self.buffer.fail()
+        if self._stopping.is_set():
+            self.counts["abandoned_groups"] += 1
+            return
+        self.counts["failed_groups"] += 1
+        self._failed_in_a_row += 1
+        if self._failed_in_a_row > max(FAILED_IN_A_ROW, 2 * len(self.engines) * self.rollout.concurrency):
+            raise TrainingError(
+                f"{self._failed_in_a_row} groups in a row came to nothing, the last because {why.reason}"
+            )
+
+    def _generate(self, number: int, prompt: Prompt) -> list[Rollout] | NoGroup:
         """All completions of a prompt; one that failed is asked for again with the others, on an engine that lives."""
         params = sampling_params(self.sampling, self.rollout, prompt.prompt_id)
         request = GenerationRequest(prompt=prompt, sampling=params, n=self.rollout.group_size)
+        why = NoGroup("the run is stopping")
         for attempt in range(self.rollout.retries + 1):
             if attempt:
                 self._count("retries")
                 self._stopping.wait(attempt)
             while (engine := self.engines[number]) is None and not self._stopping.wait(IDLE_S):
                 pass
-            if engine is None:
+            if engine is None or (attempt and self._stopping.is_set()):
                 break
             try:
                 results = engine.generate([request], timeout_s=self.rollout.timeout_s)[0]
-            except EngineError:
-                if self._stopping.is_set():
-                    break
+            except EngineError as error:
+                why = NoGroup(str(error))
                 continue
             rollouts = [r for r in results if not isinstance(r, RolloutFailure) and r.finish_reason != "abort"]
             if len(rollouts) == self.rollout.group_size:
                 return rollouts
-            if self._stopping.is_set():
-                break
-        return None
+            failed = next((r.reason for r in results if isinstance(r, RolloutFailure)), "it was aborted")
+            why = NoGroup(f"{self.rollout.group_size - len(rollouts)} completions failed: {failed}")
+        return why
 
-    def _rewards(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> list[float] | None:
+    def _rewards(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> list[float] | NoGroup:
         found = self.scoring.score([(prompt.answer, self.source.decode(r.token_ids)) for r in rollouts])
         bad = [reward for reward in found if isinstance(reward, NotScored)]
         if bad:
             self._count("unscored", len(bad))
-            return None
+            return NoGroup(f"a reward failed: {bad[0].reason}")
         return [reward for reward in found if not isinstance(reward, NotScored)]
 
     def _count(self, name: str, number: int = 1) -> None:

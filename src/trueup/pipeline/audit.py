@@ -30,7 +30,7 @@ from trueup.parity.setting import SettingJudge
 from trueup.parity.workbench import Workbench
 from trueup.pipeline.components import Bench, Components
 from trueup.pipeline.recipe import recipe_of
-from trueup.pipeline.rollout_log import read_some
+from trueup.pipeline.rollout_log import LogReader
 from trueup.trace import EngineInfo, Trace, TraceRow
 from trueup.types import LogprobKind, Rollout, RolloutGroup
 from trueup.weights.store import WeightStore, load_tensors
@@ -96,6 +96,7 @@ class Auditor:
         assert train.model is not None
         self.recipe = recipe_of(self.config)
         self.store = WeightStore(self.run / "weights")
+        self.log = LogReader(self.run / "rollouts")
         model = open_policy(load_model(train.model, dtype=getattr(torch, train.dtype)), bitwise=train.bitwise)
         self._start = {n: t.detach().clone() for n, t in model.stored_tensors().items()}
         self.bench = Bench(
@@ -121,7 +122,7 @@ class Auditor:
         Raises TrueupError.
         """
         started = time.perf_counter()
-        groups = read_some(self.run / "rollouts", record["groups"])
+        groups = self.log.read(record["groups"])
         sample = sampled(groups, self.config.audit.tokens)
         _, parts = self.bench.take_apart(sample, proximal=record["version"], current=after, recipe=self.recipe)
         rollouts = [r for g in sample for r in g.rollouts]

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from trueup.engines.base import Engine, GenerationRequest, RolloutFailure
-from trueup.errors import EngineError
+from trueup.errors import EngineError, TrainingError
 from trueup.knobs import RolloutConfig, SamplingConfig
 from trueup.pipeline.actor import sampling_params
 from trueup.tasks.prompts import PromptSource
@@ -36,7 +36,10 @@ def evaluate(
     sampling: SamplingConfig,
     rollout: RolloutConfig,
 ) -> Evaluation:
-    """One completion of each prompt, with the same random numbers every time. Raises EngineError if none came back."""
+    """One completion of each prompt, with the same random numbers every time.
+
+    Raises EngineError if none came back, TrainingError if none could be scored.
+    """
     requests = []
     for prompt in prompts:
         params = sampling_params(sampling, rollout, f"{EVALUATION} {prompt.prompt_id}")
@@ -51,7 +54,9 @@ def evaluate(
     found = scoring.score([(answers[r.prompt.prompt_id], source.decode(r.token_ids)) for r in made])
     rewards = [reward for reward in found if not isinstance(reward, NotScored)]
     if not rewards:
-        raise EngineError(f"none of {len(prompts)} held-out completions could be scored")
+        reasons = [r.reason for r in (*results, *found) if isinstance(r, RolloutFailure | NotScored)]
+        error = TrainingError if made else EngineError
+        raise error(f"none of {len(prompts)} held-out completions has a reward; the first: {reasons[0]}")
     mean = math.fsum(rewards) / len(rewards)
     spread = math.sqrt(math.fsum((r - mean) ** 2 for r in rewards) / max(1, len(rewards) - 1))
     return Evaluation(

@@ -30,6 +30,8 @@ HUNG_S = 120.0
 ABORT_S = 30.0
 RESTARTS = 20
 """Of all engines in one run."""
+ATTEMPTS = 4
+"""At something that every engine must do: a connection may break, an engine may end."""
 Result = TypeVar("Result")
 
 
@@ -96,17 +98,19 @@ class Fleet:
                 self._revive(number)
 
     def with_engines(self, work: Callable[[list[Engine]], Result]) -> Result:
-        """Do something with every engine, and again if one ended on the way. Raises EngineError."""
-        while True:
+        """Do something with every engine, and again if one ended on the way or one failed. Raises EngineError."""
+        for attempt in range(ATTEMPTS):
             self.watch()
             try:
                 return work(self.living())
-            except EngineError:
+            except EngineError as error:
                 deadline = time.monotonic() + NOTICED_S
-                while all(process.alive() for process in self.processes):
-                    if time.monotonic() > deadline:
-                        raise
+                while all(process.alive() for process in self.processes) and time.monotonic() < deadline:
                     time.sleep(POLL_S)
+                if attempt + 1 == ATTEMPTS:
+                    raise
+                self.announce(f"engine     {error}; trying again")
+        raise AssertionError("unreachable")
 
     def serve(self, version: int) -> Updated | None:
         """Have every engine serve a version; None if they do. Raises WeightError, EngineError."""

@@ -11,10 +11,11 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from trueup.errors import RecordError, TraceError
 from trueup.types import CacheLife, KVState, LogprobKind, Prompt, Rollout, RolloutGroup, SamplingParams
@@ -96,43 +97,70 @@ def read_groups(folder: Path, *, start: int = 0) -> Iterator[tuple[int, RolloutG
     A last line without its end, which a writer may be at, is not yielded. Raises TraceError for a folder without
     segments, a damaged line, or a gap or repetition in the numbers.
     """
-    return _read(folder, lambda number: number >= start)
+    for number, (place, line) in enumerate(_lines(folder, _START)):
+        if number >= start:
+            yield number, place.parse(number, line)
 
 
-def read_some(folder: Path, numbers: Sequence[int]) -> list[RolloutGroup]:
-    """Return the groups of these numbers, in this order. Raises TraceError when one is not in the log, or damaged."""
-    wanted = set(numbers)
-    found: dict[int, RolloutGroup] = {}
-    for number, group in _read(folder, wanted.__contains__):
-        found[number] = group
-        if len(found) == len(wanted):
-            break
-    if len(found) != len(wanted):
-        raise TraceError(f"{folder} lacks group {min(wanted - found.keys())}")
-    return [found[number] for number in numbers]
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a line begins: its segment's place in the folder, its number there from 1, and its first byte."""
+
+    path: Path
+    segment: int
+    line: int
+    offset: int
+
+    def parse(self, number: int, line: bytes) -> RolloutGroup:
+        where = f"{self.path}, line {self.line}"
+        found, group = _parse(line, where)
+        if found != number:
+            raise TraceError(f"{where} is group {found}, expected {number}: the log has a gap")
+        return group
 
 
-def _read(folder: Path, wanted: Callable[[int], bool]) -> Iterator[tuple[int, RolloutGroup]]:
+_START = _Place(Path(), 0, 1, 0)
+
+
+def _lines(folder: Path, start: _Place) -> Iterator[tuple[_Place, bytes]]:
+    """Yield whole lines and where they are, from a place on."""
     if not folder.is_dir():
         raise TraceError(f"rollout log {folder} is no folder: expected segments named 000000.jsonl")
     segments = _segments(folder)
     if not segments:
         raise TraceError(f"rollout log {folder} holds no segments named 000000.jsonl")
-    expected = 0
-    for segment in segments:
-        last = segment == segments[-1]
-        with segment.open("rb") as stream:
-            for at, line in enumerate(stream, 1):
-                if last and not line.endswith(b"\n"):
+    for at in range(start.segment, len(segments)):
+        number, offset = (start.line, start.offset) if at == start.segment else (1, 0)
+        with segments[at].open("rb") as stream:
+            stream.seek(offset)
+            for line in stream:
+                if at == len(segments) - 1 and not line.endswith(b"\n"):
                     return
-                if wanted(expected):
-                    number, group = _parse(line, f"{segment}, line {at}")
-                    if number != expected:
-                        raise TraceError(
-                            f"{segment}, line {at} is group {number}, expected {expected}: the log has a gap"
-                        )
-                    yield number, group
-                expected += 1
+                yield _Place(segments[at], at, number, offset), line
+                number, offset = number + 1, offset + len(line)
+
+
+class LogReader:
+    """Reads groups by their numbers from a log that grows, and goes through each line once to find them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._places: list[_Place] = []
+
+    def read(self, numbers: Sequence[int]) -> list[RolloutGroup]:
+        """Return these groups, in this order. Raises TraceError when one is not in the log, or damaged."""
+        if numbers and max(numbers) >= len(self._places):
+            last = self._places.pop() if self._places else _START
+            self._places += [place for place, _ in _lines(self.folder, last)]
+        return [self._read(number) for number in numbers]
+
+    def _read(self, number: int) -> RolloutGroup:
+        if not 0 <= number < len(self._places):
+            raise TraceError(f"{self.folder} lacks group {number}")
+        place = self._places[number]
+        with place.path.open("rb") as stream:
+            stream.seek(place.offset)
+            return place.parse(number, stream.readline())
 
 
 class RolloutLog:
@@ -144,7 +172,7 @@ class RolloutLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.torn = self._repair()
         self.count = sum(1 for _ in read_groups(folder)) if _segments(folder) else 0
-        self._stream: BinaryIO | None = None
+        self._stream: FileIO | None = None
 
     def _repair(self) -> int:
         segments = _segments(self.folder)
@@ -165,8 +193,9 @@ class RolloutLog:
         stream = self._segment()
         before = stream.tell()
         try:
-            stream.write(_PREFIX % zlib.crc32(body) + body + _SUFFIX)
-            stream.flush()
+            line = memoryview(_PREFIX % zlib.crc32(body) + body + _SUFFIX)
+            while line:  # a disk that fills up takes a part first
+                line = line[stream.write(line) :]
             os.fsync(stream.fileno())
         except OSError:
             self.close()
@@ -175,7 +204,7 @@ class RolloutLog:
         self.count += 1
         return self.count - 1
 
-    def _segment(self) -> BinaryIO:
+    def _segment(self) -> FileIO:
         if self._stream is not None and self._stream.tell() >= SEGMENT_BYTES:
             self.close()
         if self._stream is None:

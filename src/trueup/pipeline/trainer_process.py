@@ -53,6 +53,7 @@ class _Child:
 
         from trueup.model.load import checkpoint_digest
         from trueup.pipeline.checkpoint import Checkpoints
+        from trueup.pipeline.rollout_log import LogReader
         from trueup.pipeline.trainer import Trainer
         from trueup.weights.store import WeightStore
 
@@ -66,6 +67,7 @@ class _Child:
         self.trainer = Trainer(config)
         self.checkpoints = Checkpoints(run / "checkpoints", keep=train.keep_checkpoints)
         self.store = WeightStore(run / "weights")
+        self.log = LogReader(run / "rollouts")
         digest = checkpoint_digest(train.model)
         self.state = self.checkpoints.load(self.trainer, model_digest=digest)
 
@@ -76,9 +78,8 @@ class _Child:
     def batch(self, request: dict[str, Any]) -> dict[str, Any]:
         """Train on groups of the log and publish; a batch without a gradient leaves version and weights as they are."""
         from trueup.pipeline.checkpoint import publish
-        from trueup.pipeline.rollout_log import read_some
 
-        groups = read_some(self.run / "rollouts", request["groups"])
+        groups = self.log.read(request["groups"])
         found: dict[str, Any]
         try:
             report = self.trainer.step(groups)
