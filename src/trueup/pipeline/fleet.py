@@ -126,23 +126,36 @@ class Fleet:
         return updated
 
     def _revive(self, number: int) -> None:
-        """A new process in the place of one that ended, serving what the others serve."""
+        """A new process in the place of one that ended, serving what the others serve. Raises EngineError."""
         process, old = self.processes[number], self.engines[number]
-        self.restarts += 1
-        if self.restarts > RESTARTS:
-            raise EngineError(f"{process.name} ended again after {RESTARTS} restarts; see {self.run / 'logs'}")
         self.announce(f"engine     {process.name} ended; starting it again")
         self.engines[number] = None
         if old is not None:
             old.close()
-        process.stop()
+        while self.engines[number] is None:
+            self.restarts += 1
+            process.stop()
+            try:
+                engine = self._started(process)
+            except EngineError as error:
+                if self.restarts >= RESTARTS:
+                    raise
+                self.announce(f"engine     {error}; once more")
+                continue
+            self._heard[number] = time.monotonic()
+            self.engines[number] = engine
+
+    def _started(self, process: EngineProcess) -> Engine:
         engine = process.start()
-        if self.served:
-            update_all([engine], self.store.open(self.served).path, self.served, clear_cache=True, drain=False)
-        if self._broken:
-            self._break([engine])
-        self._heard[number] = time.monotonic()
-        self.engines[number] = engine
+        try:
+            if self.served:
+                update_all([engine], self.store.open(self.served).path, self.served, clear_cache=True, drain=False)
+            if self._broken:
+                self._break([engine])
+        except EngineError:
+            engine.close()
+            raise
+        return engine
 
     def _listen(self) -> None:
         """Ask every engine how it is, again and again; kill one that has not answered for too long."""
