@@ -17,7 +17,7 @@ GRACE_S = 15.0
 
 
 def main(command: list[str]) -> int:
-    """Run the command in our own process group; returns its exit code."""
+    """Run the command in our own process group; returns its exit code, 128 and more for a signal as shells do."""
     signal.signal(signal.SIGTERM, lambda number, frame: None)  # the group's: the command decides how to end
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
 
@@ -30,7 +30,8 @@ def main(command: list[str]) -> int:
         os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True, name="stdin").start()
-    return child.wait()
+    code = child.wait()
+    return code if code >= 0 else 128 - code
 
 
 if __name__ == "__main__":

@@ -61,6 +61,8 @@ class Audit:
     verdict: str
     reasons: tuple[str, ...]
     causes: tuple[Mapping[str, object], ...] = ()
+    searched: bool = False
+    """Whether causes were looked for."""
     first_batch: int | None = None
     """First batch known to be off, of those since the audit before; None unless it is a mismatch."""
     seconds: float = 0.0
@@ -140,7 +142,7 @@ class Auditor:
             batch=record["batch"], version=record["version"], rollouts=len(rollouts), tokens=judgement.tokens,
             components=parts.as_dict(), replayed=parts.replayed, floor=floor.as_dict(),
             judgement={n: getattr(judgement, n) for n in judgement.__dataclass_fields__}, verdict=verdict,
-            reasons=judgement.reasons, causes=tuple(causes), first_batch=first,
+            reasons=judgement.reasons, causes=tuple(causes), searched=explain, first_batch=first,
             seconds=time.perf_counter() - started,
         )  # fmt: skip
 
@@ -191,7 +193,7 @@ class Auditor:
         best: tuple[Tensor, int] | None = None
         mu_T = torch.tensor(rollout.behaviour_logprobs, dtype=torch.float64)
         for version in [v for v in (0, *self.store.versions()) if v < own]:
-            mixed = replace(rollout, cache_lives=tuple(_with_old_keys(rollout, shared, version)))
+            mixed = replace(rollout, cache_lives=tuple(with_old_keys(rollout, shared, version)))
             gap_T = self.bench.replayer.replay(mixed).logprobs_T.double() - mu_T
             if float(gap_T.abs().mean()) < float((now_T if best is None else best[0]).abs().mean()):
                 best = gap_T, version
@@ -208,7 +210,7 @@ def shared_beginning(prompt: Sequence[int], others: Sequence[Sequence[int]]) -> 
     return min(longest, len(prompt) - 1)
 
 
-def _with_old_keys(rollout: Rollout, shared: int, version: int) -> Iterator[Any]:
+def with_old_keys(rollout: Rollout, shared: int, version: int) -> Iterator[Any]:
     """The rollout's cache lives as they would be with the first `shared` positions computed by another version."""
     for life in rollout.cache_lives:
         runs, left = [(version, shared)], shared

@@ -16,6 +16,9 @@ from typing import Any
 from trueup.errors import TrueupError
 from trueup.pipeline.child import ChildProcess, serve_parent
 
+SEARCH_EVERY = 5
+"""Audits that are off one after the other, in a run that goes on all the same, until causes are looked for again."""
+
 
 class AuditProcess(ChildProcess):
     """The parent's side; `rows` are the canary's."""
@@ -37,6 +40,8 @@ class _Child:
         torch.set_num_threads(self.auditor.config.audit.threads)
         self.canary = Canary(self.auditor.bench)
         self.frozen: dict[str, Any] | None = None
+        self.known = 0
+        """Audits in a row that were off since causes were looked for; 0: look for them."""
 
     def rows(self) -> list[dict[str, list[int]]]:
         """The canary's rows as plain data."""
@@ -50,9 +55,10 @@ class _Child:
             return {"canary": request["canary"], "findings": self._canary(request["canary"], request["scores"])}
         record = request["audit"]
         try:
-            found = self.auditor.audit(record, after=request["after"], since=request["since"])
+            found = self.auditor.audit(record, after=request["after"], since=request["since"], explain=self.known == 0)
         except TrueupError as error:
             return {"audit": {"batch": record["batch"], "failed": str(error)}}
+        self.known = (self.known + 1) % SEARCH_EVERY if found.verdict == "mismatch" else 0
         causes = tuple(self._settled(dict(cause)) for cause in found.causes)
         return {"audit": replace(found, causes=causes).as_dict()}
 

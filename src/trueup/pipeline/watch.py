@@ -134,7 +134,7 @@ class ParityWatch:
         append_line(self.run / AUDITS, audit)
         self.audits.append(audit)
         self.announce(f"audit      batch {audit['batch']}  {line_of(audit)}")
-        if audit.get("verdict") == "mismatch":
+        if audit.get("verdict") == "mismatch" and audit["searched"]:
             causes = audit["causes"] or [{"id": None, "title": "the backend left its floor", "fix": "see audits.jsonl"}]
             where = {"by": "audit", "version": audit["version"], "first_batch": audit["first_batch"]}
             self._alarm([{"evidence": "; ".join(audit["reasons"])} | cause | where for cause in causes])
