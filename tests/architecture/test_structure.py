@@ -1,6 +1,7 @@
 """The house rules, as tests: import rank, budgets, light import, one reader of the environment, docstrings, TOML."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -139,11 +140,30 @@ def test_light_commands_import_nothing_heavy(command):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.toml")), ids=lambda p: p.name)
+MIGRATION = ROOT / "examples" / "migration"
+
+
+@pytest.mark.parametrize(
+    "path", sorted(p for p in (ROOT / "examples").rglob("*.toml") if p != MIGRATION / "arms.toml"), ids=lambda p: p.name
+)
 def test_every_example_parses(path):
     from trueup.config import load_config
 
     assert load_config(path)
+
+
+@pytest.mark.parametrize(("engine", "workload"), [("embedded", "workload.toml"), ("vllm", "workload_vllm.toml")])
+def test_every_arm_of_the_migration_is_a_configuration_of_its_workload(engine, workload):
+    from trueup.config import load_config
+    from trueup.pipeline.recipe import recipe_of
+
+    arms = tomllib.loads((MIGRATION / "arms.toml").read_text(encoding="utf-8"))[engine]
+    plain = load_config(MIGRATION / workload)
+    for changes in arms.values():
+        config = load_config(
+            MIGRATION / workload, sets=[f"{key}={json.dumps(value)}" for key, value in changes.items()]
+        )
+        assert config != plain and recipe_of(config)
 
 
 def test_a_gate_in_another_trainer_takes_thirty_lines_at_most():

@@ -55,7 +55,8 @@ def _wandb(run: Path) -> tuple[Log, Callable[[], None]]:
     except ImportError:
         raise _missing("wandb") from None
     (run / "wandb").mkdir(exist_ok=True)
-    session = wandb.init(project="trueup", name=run.name, dir=str(run), mode="offline")
+    quiet = wandb.Settings(silent=True)  # the terminal is the run's own
+    session = wandb.init(project="trueup", name=run.name, dir=str(run), mode="offline", settings=quiet)
     return lambda batch, numbers: session.log(dict(numbers), step=batch), session.finish
 
 

@@ -1,0 +1,42 @@
+"""How updates and batches may be made otherwise: drained updates, the ESS guard, sinks for the numbers."""
+
+import pytest
+from tests.e2e.test_train_online import config, lines
+
+from trueup.model.tiny import make_tiny
+from trueup.pipeline.rollout_log import read_groups
+from trueup.pipeline.run import train
+
+
+@pytest.mark.parametrize("update", ["in_flight", "drain"])
+def test_a_drained_update_waits_for_requests_and_one_in_flight_does_not(tmp_path, update):
+    make_tiny(tmp_path / "tiny")
+    rollout = {"update": update, "max_lag": 4, "max_tokens": 48, "concurrency": 8}
+    train(config(tmp_path, train={"steps": 12}, rollout=rollout, audit={"every": 4}))
+    rollouts = [r for _, group in read_groups(tmp_path / "run" / "rollouts") for r in group.rollouts]
+    several = sum(len(set(r.weight_versions)) > 1 for r in rollouts)
+    assert several == 0 if update == "drain" else several > 0
+    assert all(a["verdict"] == "agree" for a in lines(tmp_path / "run" / "audits.jsonl"))
+
+
+def test_the_ess_guard_takes_one_batch_on_policy_after_a_low_one(tmp_path):
+    make_tiny(tmp_path / "tiny")
+    said = []
+    train(config(tmp_path, train={"steps": 8}, rollout={"max_lag": 3, "min_ess": 1.0}), announce=said.append)
+    metrics = lines(tmp_path / "run" / "metrics.jsonl")
+    guarded = False
+    for record in metrics:
+        assert record["lag/oldest_token/max"] == 0 or not guarded
+        guarded = record["gap/ess/token"] < 1.0 and not guarded
+    assert sum("ESS guard" in line for line in said) >= 2
+
+
+@pytest.mark.parametrize(
+    ("sink", "files"), [("tensorboard", "tensorboard/events*"), ("wandb", "wandb/offline-run-*/*.wandb")]
+)
+def test_sinks_write_into_the_run_folder(tmp_path, sink, files):
+    pytest.importorskip(sink, reason=f"the extra {sink} is not installed")
+    make_tiny(tmp_path / "tiny")
+    train(config(tmp_path, train={"steps": 2}, monitor={"sinks": [sink]}))
+    (found,) = (tmp_path / "run").glob(files)
+    assert found.stat().st_size > 1000
