@@ -8,11 +8,13 @@ float32 masters, and its head multiplies in float32). trueup runs with prompts s
 a ratio is the median over rounds of trueup's loss tokens per second over TRL's in the same round. Peak memory is each
 process's own (VmHWM), the model included.
 
-The last line is one JSON object: for each dtype tokens_per_second, peak_mib and phase shares of every side,
-over_trl_step (shared prompts), over_trl_step_apart, memory_ratio (TRL / trueup), shared_over_apart.
+Then whole online runs, generation included (online.py): over_trl at max_lag 0, async_over_trl, and ways of updating an
+engine. The last line is one JSON object: for each dtype tokens_per_second, peak_mib and phase shares of every side,
+over_trl_step (shared prompts), over_trl_step_apart, memory_ratio (TRL / trueup), shared_over_apart; under `online` the
+rest.
 
     python -m venv .venv-trl && .venv-trl/bin/pip install -c constraints.txt trl==1.13.0 requests -e .
-    python benchmarks/train.py [--rounds 5] [--dtypes float32 bfloat16]
+    python benchmarks/train.py [--rounds 5] [--dtypes float32 bfloat16] [--online-rounds 2]
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from online import against_trl, ways_of_updating
 from side import Side, answer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -207,6 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--online-rounds", type=int, default=2, help="0: single steps only")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -218,7 +222,10 @@ def main() -> None:
         return
     if not TRL_PYTHON.is_file():
         raise SystemExit(f"{TRL_PYTHON} is missing: see --help for how to make it")
-    figures = {dtype: compare(dtype, arguments.rounds) for dtype in arguments.dtypes}
+    figures = {dtype: compare(dtype, arguments.rounds) for dtype in arguments.dtypes if arguments.rounds}
+    if arguments.online_rounds:
+        online = {dtype: against_trl(arguments.online_rounds, dtype) for dtype in arguments.dtypes}
+        figures["online"] = online | {"updates": ways_of_updating(arguments.online_rounds, arguments.dtypes[-1])}
     print(json.dumps({"loss_tokens": LOSS_TOKENS, "rounds": arguments.rounds} | figures))
 
 
