@@ -1,7 +1,8 @@
 """One workload, several backends: what a migration breaks, and which fix mends what.
 
-    python examples/migration/run.py --seeds 3                      (embedded engine, about 25 minutes)
-    python examples/migration/run.py --engine vllm --seeds 1        (vLLM 0.18.1, about 15 minutes)
+    python examples/migration/run.py --seeds 3                      (embedded engine, three quarters of an hour)
+    python examples/migration/run.py --study planted --seeds 1      (faults planted in a live run, 5 minutes)
+    python examples/migration/run.py --study vllm --seeds 1         (vLLM 0.18.1, about 15 minutes)
 
 Runs every arm of arms.toml that is not there yet, then draws them all beside the first one.
 """
@@ -21,38 +22,39 @@ from trueup.parity.catalogue import IMPLEMENTED
 from trueup.pipeline.run import train
 
 HERE = Path(__file__).parent
-WORKLOADS = {"embedded": HERE / "workload.toml", "vllm": HERE / "workload_vllm.toml"}
+EMBEDDED = HERE / "workload.toml"
+WORKLOADS = {"embedded": EMBEDDED, "vllm": HERE / "workload_vllm.toml", "planted": EMBEDDED}
 
 
-def run_arm(engine: str, name: str, changes: dict[str, object], *, seed: int, run: Path) -> None:
+def run_arm(study: str, name: str, changes: dict[str, object], *, seed: int, run: Path) -> None:
     """Train one arm, whatever the gate says: its verdict is in the run's parity/preflight.json."""
     own = changes | {"rollout.seed": seed, "train.run": str(run)}
-    config = load_config(WORKLOADS[engine], sets=[f"{key}={json.dumps(value)}" for key, value in own.items()])
+    config = load_config(WORKLOADS[study], sets=[f"{key}={json.dumps(value)}" for key, value in own.items()])
     summary = train(config, accepted=IMPLEMENTED, announce=lambda line: print(f"  {line}", flush=True))
     print(f"{name}, seed {seed}: {json.dumps(summary)}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", choices=list(WORKLOADS), default="embedded")
+    parser.add_argument("--study", choices=list(WORKLOADS), default="embedded")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--arms", nargs="*", help="default: all")
     parser.add_argument("--out", type=Path, default=Path("runs/migration"))
     given = parser.parse_args()
-    arms = tomllib.loads((HERE / "arms.toml").read_text())[given.engine]
+    arms = tomllib.loads((HERE / "arms.toml").read_text())[given.study]
     chosen = given.arms or list(arms)
     for seed in range(given.seeds):
         for name in chosen:
-            run = given.out / given.engine / f"{name}-{seed}"
+            run = given.out / given.study / f"{name}-{seed}"
             if (run / "summary.json").is_file():
                 continue
             try:
-                run_arm(given.engine, name, arms[name], seed=seed, run=run)
+                run_arm(given.study, name, arms[name], seed=seed, run=run)
             except TrueupError as error:
                 print(f"{name}, seed {seed} ended: {error}", flush=True)
-    runs = [given.out / given.engine / f"{name}-{seed}" for name in chosen for seed in range(given.seeds)]
+    runs = [given.out / given.study / f"{name}-{seed}" for name in chosen for seed in range(given.seeds)]
     done = [str(run) for run in runs if (run / "metrics.jsonl").is_file()]
-    figure = given.out / f"{given.engine}.png"
+    figure = given.out / f"{given.study}.png"
     subprocess.run([sys.executable, "-m", "trueup.cli", "compare", *done, "-o", str(figure)], check=True)
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from trueup.config import build_config, dump_config, load_config, without_none
-from trueup.errors import ConfigError, TrueupError
+from trueup.errors import ConfigError, MismatchError, TrueupError
 from trueup.knobs import Config
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.add_typer(model_app, name="model")
 vllm_app = typer.Typer(help="vLLM in an environment of its own.", no_args_is_help=True)
 app.add_typer(vllm_app, name="vllm")
 
+MISMATCH = 1
 COULD_NOT_TEST = 2
 INTERRUPTED = 130
 Sets = Annotated[list[str], typer.Option("--set", metavar="A.B=V", help="Set one knob; may be repeated.")]
@@ -35,7 +36,7 @@ def _fail(error: TrueupError | str) -> typer.Exit:
     """Print one line to stderr and return the exit to raise."""
     line = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
     typer.echo(f"trueup: {line}", err=True)
-    return typer.Exit(COULD_NOT_TEST)
+    return typer.Exit(MISMATCH if isinstance(error, MismatchError) else COULD_NOT_TEST)
 
 
 def _version(show: bool) -> None:

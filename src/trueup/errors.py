@@ -54,3 +54,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return " (did you mean 'x'?)" for the known name closest to `name`, or "" if none is close."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+class MismatchError(TrueupError):
+    """The engine does not agree with the trainer; a report, or a line of alarms.jsonl, says why."""

@@ -152,12 +152,15 @@ def test_every_example_parses(path):
     assert load_config(path)
 
 
-@pytest.mark.parametrize(("engine", "workload"), [("embedded", "workload.toml"), ("vllm", "workload_vllm.toml")])
-def test_every_arm_of_the_migration_is_a_configuration_of_its_workload(engine, workload):
+@pytest.mark.parametrize(
+    ("study", "workload"),
+    [("embedded", "workload.toml"), ("vllm", "workload_vllm.toml"), ("planted", "workload.toml")],
+)
+def test_every_arm_of_the_migration_is_a_configuration_of_its_workload(study, workload):
     from trueup.config import load_config
     from trueup.pipeline.recipe import recipe_of
 
-    arms = tomllib.loads((MIGRATION / "arms.toml").read_text(encoding="utf-8"))[engine]
+    arms = tomllib.loads((MIGRATION / "arms.toml").read_text(encoding="utf-8"))[study]
     configs = [
         load_config(MIGRATION / workload, sets=[f"{key}={json.dumps(value)}" for key, value in changes.items()])
         for changes in arms.values()

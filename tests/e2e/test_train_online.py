@@ -13,11 +13,10 @@ import torch
 from tests.engine_kit import row_of
 
 from trueup.config import build_config
-from trueup.errors import ConfigError
+from trueup.errors import ConfigError, MismatchError
 from trueup.model.load import load_model
 from trueup.model.packed import open_policy, packed_hidden_states
 from trueup.model.tiny import make_tiny
-from trueup.pipeline.preflight import MismatchError
 from trueup.pipeline.rollout_log import read_groups
 from trueup.pipeline.run import train
 from trueup.policy.head import Head

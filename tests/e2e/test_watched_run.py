@@ -6,8 +6,8 @@ import json
 import pytest
 from tests.e2e.test_train_online import config, lines
 
+from trueup.errors import MismatchError
 from trueup.model.tiny import make_tiny
-from trueup.pipeline.preflight import MismatchError
 from trueup.pipeline.run import train
 
 SYSTEM = "Answer with the last letter of the word you are given, four times over, and nothing else at all."

@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from trueup.errors import EngineError
+from trueup.errors import EngineError, MismatchError
 from trueup.knobs import CheckConfig, Config
 from trueup.parity.live import check_engine
 from trueup.parity.report import ParityReport, write_json
 from trueup.pipeline.launch import EngineProcess
-
-
-class MismatchError(EngineError):
-    """The engine does not agree with the trainer; the report says why."""
 
 
 def preflight(
@@ -26,7 +22,8 @@ def preflight(
 ) -> ParityReport:
     """Check the engines and write parity/preflight.json.
 
-    Raises MismatchError, naming causes and fixes, unless the verdict is agree or every cause was accepted by its id.
+    Raises MismatchError, naming causes and fixes, when it is mismatch and not every cause was accepted by its id;
+    EngineError when it could not be told.
     """
     sampling = ",".join(f"{name}={value}" for name, value in config.sampling.model_dump().items())
     check = CheckConfig(
@@ -45,8 +42,10 @@ def preflight(
     if report.causes and not open_causes:
         announce(f"preflight  going on with accepted {', '.join(c.id for c in report.causes)}")
         return report
+    where = f"the report is in {run / 'parity' / 'preflight.json'}"
+    if report.verdict != "mismatch":
+        raise EngineError(f"whether the engine agrees with the trainer could not be told ({report.verdict}); {where}")
     named = "; ".join(f"{c.id} {c.title}: {c.fix}" for c in open_causes) or "no cause could be named"
     raise MismatchError(
-        f"the engine does not agree with the trainer ({report.verdict}): {named}. The report is in "
-        f"{run / 'parity' / 'preflight.json'}; --accept-mismatch ID goes on knowingly"
+        f"the engine does not agree with the trainer: {named}; {where}; --accept-mismatch ID goes on knowingly"
     )

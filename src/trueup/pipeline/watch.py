@@ -13,12 +13,11 @@ from typing import Any
 
 from trueup.config import Config
 from trueup.engines.base import Engine
-from trueup.errors import EngineError, UnsupportedByEngine
+from trueup.errors import EngineError, MismatchError, UnsupportedByEngine
 from trueup.model.scoring import ScoredRow
 from trueup.monitor.metric_log import append_line, read_lines
 from trueup.pipeline.audit_process import AuditProcess
 from trueup.pipeline.child import ChildGone
-from trueup.pipeline.preflight import MismatchError
 from trueup.weights.store import WeightStore
 
 AUDITS, ALARMS = "audits.jsonl", "alarms.jsonl"
