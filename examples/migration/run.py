@@ -4,7 +4,7 @@
     python examples/migration/run.py --study planted --seeds 1      (faults planted in a live run, 5 minutes)
     python examples/migration/run.py --study vllm --seeds 1         (vLLM 0.18.1, about 15 minutes)
 
-Runs every arm of arms.toml that is not there yet, then draws them all beside the first one.
+Runs every arm of arms.toml that is not finished yet, then draws them all beside the first one.
 """
 
 from __future__ import annotations
@@ -30,8 +30,17 @@ def run_arm(study: str, name: str, changes: dict[str, object], *, seed: int, run
     """Train one arm, whatever the gate says: its verdict is in the run's parity/preflight.json."""
     own = changes | {"rollout.seed": seed, "train.run": str(run)}
     config = load_config(WORKLOADS[study], sets=[f"{key}={json.dumps(value)}" for key, value in own.items()])
-    summary = train(config, accepted=IMPLEMENTED, announce=lambda line: print(f"  {line}", flush=True))
+    begun = (run / "config.json").is_file()
+    summary = train(config, resume=begun, accepted=IMPLEMENTED, announce=lambda line: print(f"  {line}", flush=True))
     print(f"{name}, seed {seed}: {json.dumps(summary)}", flush=True)
+    if summary["interrupted"]:
+        raise SystemExit("stopped; run this again to go on")
+
+
+def finished(run: Path) -> bool:
+    """Whether an arm was trained to its end."""
+    summary = run / "summary.json"
+    return summary.is_file() and not json.loads(summary.read_text())["interrupted"]
 
 
 def main() -> None:
@@ -46,7 +55,7 @@ def main() -> None:
     for seed in range(given.seeds):
         for name in chosen:
             run = given.out / given.study / f"{name}-{seed}"
-            if (run / "summary.json").is_file():
+            if finished(run):
                 continue
             try:
                 run_arm(given.study, name, arms[name], seed=seed, run=run)

@@ -22,8 +22,8 @@ from trueup.engines.vllm_checkpoint import read_checkpoint
 from trueup.errors import EngineError, WeightError
 from trueup.knobs import CheckConfig
 from trueup.parity.grouping import group
+from trueup.parity.interrupts import uninterrupted
 from trueup.parity.probes import Probed, asks_of, cached_against_fresh, outcome, paired, scored
-from trueup.parity.progress import uninterrupted
 from trueup.parity.prompts import Prompts
 from trueup.parity.report import Cause
 from trueup.parity.update_target import TrueupTarget, UpdateTarget, VllmTarget, refused

@@ -21,12 +21,18 @@ SEARCH_EVERY = 5
 
 
 class AuditProcess(ChildProcess):
-    """The parent's side; `rows` are the canary's."""
+    """The parent's side; `rows` are the canary's, once it is ready."""
 
     def __init__(self, run: Path) -> None:
-        """Start it on a run folder. Raises TrainingError with its own words when it does not become ready."""
+        """Start it on a run folder."""
+        self.rows: list[dict[str, list[int]]] = []
         super().__init__("trueup.pipeline.audit_process", run, name="auditor")
-        self.rows: list[dict[str, list[int]]] = self.ready["rows"]
+
+    def wait_until_ready(self) -> dict[str, Any]:
+        """See ChildProcess.wait_until_ready."""
+        ready = super().wait_until_ready()
+        self.rows = ready["rows"]
+        return ready
 
 
 class _Child:

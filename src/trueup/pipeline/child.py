@@ -33,7 +33,7 @@ class ChildProcess:
     """The parent's side of `python -m MODULE RUN`."""
 
     def __init__(self, module: str, run: Path, *, name: str) -> None:
-        """Start it and wait until it is ready; `ready` is what it said. Raises TrainingError with its own words."""
+        """Start it, and go on while it starts."""
         self.name = name
         self._log = (run / "logs" / f"{name}.log").open("ab")
         self._process = subprocess.Popen(
@@ -41,11 +41,14 @@ class ChildProcess:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, start_new_session=True,
         )  # fmt: skip
         self._buffer = b""
+
+    def wait_until_ready(self) -> dict[str, Any]:
+        """What it says once it is ready; to be called once. Raises TrainingError with its own words, ChildGone."""
         ready = self.answer(START_TIMEOUT_S)
         if ready is None:
             self.stop()
-            raise TrainingError(f"the {name} was not ready within {START_TIMEOUT_S:.0f} s; see {self._log.name}")
-        self.ready = ready
+            raise TrainingError(f"the {self.name} was not ready within {START_TIMEOUT_S:.0f} s; see {self._log.name}")
+        return ready
 
     @property
     def pid(self) -> int:

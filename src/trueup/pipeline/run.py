@@ -94,9 +94,15 @@ class _Run:
         self.announce, self.on_batch = announce, on_batch
         self.source = PromptSource(task, config.train.model, chat=config.task.chat, system=config.task.system)
         self.evaluation = self.source.held_out(config.task.held_out)
+        self.store = WeightStore(self.path / "weights")
+        # Trainer, auditor, scorers and engines start beside one another.
+        self.trainer = TrainerProcess(self.path)
+        stack.callback(lambda: self.trainer.stop())  # the one that runs then
+        self.watch = ParityWatch(config, self.path, self.store, accepted=accepted, announce=announce)
+        stack.callback(self.watch.close)
+        self.watch.start()
         self.scoring = ScoringPool(task, workers=config.rollout.score_workers, timeout_s=config.task.score_timeout_s)
         stack.callback(self.scoring.close)
-        self.store = WeightStore(self.path / "weights")
         self.fleet = Fleet(config, self.path, self.store, announce)
         stack.callback(self.fleet.close)
         self.fleet.start()
@@ -109,10 +115,6 @@ class _Run:
         self.buffer = RolloutBuffer(groups_per_batch=config.train.groups, max_lag=config.rollout.max_lag)
         self.sinks = Sinks(config.monitor.sinks, self.path)
         stack.callback(self.sinks.close)
-        self.watch = ParityWatch(config, self.path, self.store, accepted=accepted, announce=announce)
-        stack.callback(self.watch.close)
-        self.trainer: TrainerProcess | None = None
-        stack.callback(self._stop_trainer)
         self.generated_tokens = 0
         self.on_policy = False
         """Whether the next batch takes groups of the served version only (rollout.min_ess)."""
@@ -122,7 +124,7 @@ class _Run:
         config, steps = self.config, self.config.train.steps
         assert steps is not None
         report = preflight(config, self.fleet.processes, self.path, accepted=self.accepted, announce=self.announce)
-        self.watch.start()
+        self.watch.wait_until_ready()
         trainer = self._start_trainer()
         self._serve(trainer.version)
         self.done = len(self.batches)
@@ -170,8 +172,9 @@ class _Run:
         )  # fmt: skip
 
     def _start_trainer(self) -> TrainerProcess:
-        """Start the trainer and bring it to the last recorded batch."""
-        self.trainer = trainer = TrainerProcess(self.path)
+        """Wait for the trainer and bring it to the last recorded batch."""
+        trainer = self.trainer
+        trainer.wait_until_ready()
         for record in self.batches[trainer.batches :]:
             self._ask(trainer, record["groups"])
         answers = {answer["batches"]: answer for answer in read_lines(self.path / ANSWERS)}
@@ -191,15 +194,10 @@ class _Run:
                 trainer.kill()
         return answer
 
-    def _stop_trainer(self) -> None:
-        if self.trainer is not None:
-            self.trainer.stop()
-
     def _next_groups(self, actor: Actor) -> tuple[list[Finished], float]:
         """Wait for a batch: (groups, seconds waited); none when the run is to stop. Raises when nothing comes."""
         start = time.perf_counter()
         known, since = -1, start
-        assert self.trainer is not None
         while not self.stop.is_set():
             with actor.lock:
                 groups = self.buffer.take(self.trainer.version, max_lag=0 if self.on_policy else None)
@@ -223,7 +221,6 @@ class _Run:
         groups, wait_s = self._next_groups(actor)
         if not groups:
             return False
-        assert self.trainer is not None
         before = self.trainer.version
         record: dict[str, Any] = {
             "batch": len(self.batches) + 1, "version": before, "groups": [g.number for g in groups],
@@ -274,7 +271,6 @@ class _Run:
     def _trained(self, groups: Sequence[int]) -> dict[str, Any]:
         """Have the trainer take the batch that was just recorded, starting it again if it dies."""
         for attempt in range(RESTARTS + 1):
-            assert self.trainer is not None
             try:
                 return self._ask(self.trainer, groups)
             except ChildGone as error:
@@ -283,6 +279,7 @@ class _Run:
                 self.announce(f"trainer    {error}; starting it again")
                 self.trainer.stop()
                 self.trainer = trainer = TrainerProcess(self.path)
+                trainer.wait_until_ready()
                 for record in self.batches[trainer.batches : -1]:
                     self._ask(trainer, record["groups"])
         raise AssertionError("unreachable")

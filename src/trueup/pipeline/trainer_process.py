@@ -29,7 +29,7 @@ class TrainerProcess(ChildProcess):
     """The parent's side. `batches` and `version` are where the trainer stands."""
 
     def __init__(self, run: Path) -> None:
-        """Start it on a run folder. Raises TrainingError with its own words when it does not become ready."""
+        """Start it on a run folder."""
         self.batches = self.version = 0
         super().__init__("trueup.pipeline.trainer_process", run, name="trainer")
 

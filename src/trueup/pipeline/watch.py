@@ -47,9 +47,14 @@ class ParityWatch:
         self._process: AuditProcess | None = None
 
     def start(self) -> None:
-        """Start the auditor, unless audits are off."""
+        """Begin to start the auditor, unless audits are off."""
         if self.config.every:
             self._process = AuditProcess(self.run)
+
+    def wait_until_ready(self) -> None:
+        """Until the auditor can be asked. Raises TrainingError."""
+        if self._process is not None:
+            self._process.wait_until_ready()
 
     def close(self) -> None:
         """End the auditor."""
@@ -119,6 +124,7 @@ class ParityWatch:
         self.announce(f"audit      {error}; starting it again")
         self.close()
         self._process = AuditProcess(self.run)
+        self._process.wait_until_ready()
         for request in self._pending:
             self._process.send(request)
 
