@@ -9,15 +9,21 @@ import threading
 import time
 
 import pytest
+import torch
 from tests.e2e.test_train_online import children_of, config, lines, toml
 
+from trueup.engines.embedded.engine import EmbeddedEngine
+from trueup.engines.embedded.options import EngineOptions
 from trueup.errors import TrainingError
 from trueup.model.tiny import make_tiny
 from trueup.pipeline import fleet as fleet_module
 from trueup.pipeline import run as run_module
+from trueup.pipeline.evaluate import evaluate
 from trueup.pipeline.rollout_log import read_groups
 from trueup.pipeline.run import train
+from trueup.tasks.prompts import PromptSource
 from trueup.tasks.repeat import Repeat
+from trueup.tasks.scoring import ScoringPool
 
 
 def assert_whole(run, *, batches, groups):
@@ -33,38 +39,22 @@ def assert_whole(run, *, batches, groups):
     assert [m["version"] for m in metrics] == sorted(m["version"] for m in metrics)
 
 
-class Raises(Repeat):
-    """Raises for some completions, or for all."""
-
-    def __init__(self, share: float) -> None:
-        self.share = share
+class Unreliable(Repeat):
+    """Raises for some completions and never comes back for others."""
 
     def score(self, answer, completion):
-        if random.Random(completion).random() < self.share:
+        chance = random.Random(completion).random()
+        if chance < 0.03:
             raise ZeroDivisionError("the scorer's own fault")
-        return super().score(answer, completion)
-
-
-class Hangs(Repeat):
-    """Never comes back for some completions."""
-
-    def score(self, answer, completion):
-        while random.Random(completion).random() < 0.03:
+        while chance > 0.98:
             time.sleep(1)
         return super().score(answer, completion)
 
 
-def test_a_reward_that_raises_now_and_then_costs_its_group(tmp_path):
+def test_a_reward_that_raises_or_hangs_costs_its_group_and_its_timeout(tmp_path):
     make_tiny(tmp_path / "tiny")
-    summary = train(config(tmp_path), task=Raises(0.05))
+    summary = train(config(tmp_path, task={"score_timeout_s": 0.2}), task=Unreliable())
     assert summary["steps"] == 6 and summary["counts"]["failed_groups"] > 0 and summary["counts"]["unscored"] > 0
-    assert_whole(tmp_path / "run", batches=6, groups=4)
-
-
-def test_a_reward_that_hangs_costs_its_group_and_its_timeout(tmp_path):
-    make_tiny(tmp_path / "tiny")
-    summary = train(config(tmp_path, task={"score_timeout_s": 0.2}), task=Hangs())
-    assert summary["steps"] == 6 and summary["counts"]["unscored"] > 0
     assert_whole(tmp_path / "run", batches=6, groups=4)
 
 
@@ -81,11 +71,24 @@ class Breaks(Repeat):
         return super().score(answer, completion)
 
 
-@pytest.mark.parametrize(("calls", "what"), [(0, "none of 16 held-out completions"), (60, "groups in a row came to")])
-def test_a_reward_that_raises_always_stops_the_run_with_its_words(tmp_path, calls, what):
+def test_a_reward_that_raises_ever_after_stops_the_run_with_its_words(tmp_path):
     make_tiny(tmp_path / "tiny")
-    with pytest.raises(TrainingError, match=f"{what}.*the scorer's own fault"):
-        train(config(tmp_path), task=Breaks(calls))
+    with pytest.raises(TrainingError, match=r"groups in a row came to nothing.*the scorer's own fault"):
+        train(config(tmp_path), task=Breaks(60))
+
+
+def test_an_evaluation_without_a_reward_says_why(tmp_path):
+    settings = config(tmp_path)
+    task = Breaks(0)
+    source = PromptSource(task, make_tiny(tmp_path / "tiny"), chat=True)
+    engine = EmbeddedEngine(tmp_path / "tiny", EngineOptions(dtype=torch.float32))
+    scoring = ScoringPool(task, workers=1, timeout_s=5.0)
+    try:
+        with pytest.raises(TrainingError, match=r"none of 4 held-out completions has a reward.*the scorer's own fault"):
+            evaluate([engine], source, source.held_out(4), scoring, settings.sampling, settings.rollout)
+    finally:
+        scoring.close()
+        engine.close()
 
 
 def test_an_engine_that_hangs_is_killed_and_replaced(tmp_path, monkeypatch):
