@@ -7,6 +7,7 @@ import signal
 import subprocess
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,21 +41,25 @@ def assert_whole(run, *, batches, groups):
 
 
 class Unreliable(Repeat):
-    """Raises for some completions and never comes back for others."""
+    """Raises for some completions; never comes back for one."""
+
+    def __init__(self, hung: Path) -> None:
+        self.hung = hung
 
     def score(self, answer, completion):
-        chance = random.Random(completion).random()
-        if chance < 0.03:
+        if random.Random(completion).random() < 0.03:
             raise ZeroDivisionError("the scorer's own fault")
-        while chance > 0.98:
-            time.sleep(1)
+        if not self.hung.exists():
+            self.hung.touch()
+            time.sleep(600)
         return super().score(answer, completion)
 
 
 def test_a_reward_that_raises_or_hangs_costs_its_group_and_its_timeout(tmp_path):
     make_tiny(tmp_path / "tiny")
-    summary = train(config(tmp_path, task={"score_timeout_s": 0.2}), task=Unreliable())
-    assert summary["steps"] == 6 and summary["counts"]["failed_groups"] > 0 and summary["counts"]["unscored"] > 0
+    summary = train(config(tmp_path, task={"score_timeout_s": 0.5}), task=Unreliable(tmp_path / "hung"))
+    assert summary["steps"] == 6 and (tmp_path / "hung").exists()
+    assert summary["counts"]["failed_groups"] > 0 and summary["counts"]["unscored"] > 0
     assert_whole(tmp_path / "run", batches=6, groups=4)
 
 
