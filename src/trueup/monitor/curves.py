@@ -91,7 +91,7 @@ def _parts(axis: Axes, run: Path) -> None:
         return
     steps = [a["batch"] for a in audits]
     for colour, part in zip(COLOURS, ("backend", "stale_kv", "staleness", "self_noise"), strict=False):
-        values = [max(1e-9, float(a["components"][part].get("rms", 0.0))) for a in audits]
+        values = [a["components"][part].get("rms") or np.nan for a in audits]  # a logarithm has no place for exactly 0
         axis.plot(steps, values, "o-", color=colour, markersize=2.5, linewidth=1, label=part.replace("_", " "))
     axis.plot(steps, [a["floor"]["rms"] for a in audits], ":", color="#222222", linewidth=1, label="floor")
     axis.set_yscale("log")

@@ -137,7 +137,9 @@ class Auditor:
         if verdict == "mismatch" and explain:
             first = self._first(record, since)
             stale = self._stale_prompts(rollouts, groups, parts, floor, check)
-            causes = [stale] if stale is not None else check.causes()
+            causes = [stale] if stale is not None and stale["confidence"] == "high" else check.causes()
+            if stale is not None and all(_explained(stale) > _explained(cause) for cause in causes):
+                causes = [stale]
         return Audit(
             batch=record["batch"], version=record["version"], rollouts=len(rollouts), tokens=judgement.tokens,
             components=parts.as_dict(), replayed=parts.replayed, floor=floor.as_dict(),
@@ -220,6 +222,11 @@ def with_old_keys(rollout: Rollout, shared: int, version: int) -> Iterator[Any]:
             if positions > taken:
                 runs.append((own, positions - taken))
         yield replace(life, runs=tuple(runs))
+
+
+def _explained(cause: Mapping[str, object]) -> float:
+    share = cause["explained"]
+    return share if isinstance(share, float) else 0.0
 
 
 def _judged(parts: Components, backend_T: Tensor, floor: Floor, check: _LogCheck) -> Judgement:
