@@ -57,7 +57,7 @@ def _figure(panels: int) -> tuple[Figure, list[Axes]]:
     for axis in axes[:panels]:
         axis.grid(color="#dddddd", linewidth=0.5)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=7)
+        axis.tick_params(which="both", labelsize=7)
     return figure, axes[:panels]
 
 
@@ -95,4 +95,4 @@ def _parts(axis: Axes, run: Path) -> None:
         axis.plot(steps, values, "o-", color=colour, markersize=2.5, linewidth=1, label=part.replace("_", " "))
     axis.plot(steps, [a["floor"]["rms"] for a in audits], ":", color="#222222", linewidth=1, label="floor")
     axis.set_yscale("log")
-    axis.legend(fontsize=6, frameon=False, loc="center right")
+    axis.legend(fontsize=6, frameon=False)
