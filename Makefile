@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SMOLLM2 := models/smollm2-135m
 
-.PHONY: setup demo test test-slow test-vllm fault-matrix lint bench vllm clean
+.PHONY: setup demo test test-slow test-all test-vllm fault-matrix lint bench vllm clean
 
 setup: $(VENV)/.installed $(SMOLLM2)/config.json
 
@@ -37,6 +37,10 @@ test: setup
 
 test-slow: setup
 	$(PYTEST_TWICE) -m "slow and not vllm" $(ARGS)
+
+# Both at once: the two processes are busy to the end.
+test-all: setup
+	$(PYTEST_TWICE) -m "not vllm" $(ARGS)
 
 # vLLM in an environment of its own (minutes, 4 to 7 GB), then real servers on this machine, one at a time. Updates
 # are tried while vLLM steps, so one thread is ours; the check searches for causes while it idles, and takes all cores.

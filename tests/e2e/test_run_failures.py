@@ -120,7 +120,7 @@ def test_an_engine_that_hangs_is_killed_and_replaced(tmp_path, monkeypatch):
 
 def test_ctrl_c_saves_the_batch_under_way_and_the_run_goes_on(tmp_path):
     make_tiny(tmp_path / "tiny")
-    command, run = toml(tmp_path, steps=30), tmp_path / "run"
+    command, run = toml(tmp_path, steps=14), tmp_path / "run"
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (run / "metrics.jsonl").is_file() or len(lines(run / "metrics.jsonl")) < 3:
@@ -131,14 +131,14 @@ def test_ctrl_c_saves_the_batch_under_way_and_the_run_goes_on(tmp_path):
     assert process.returncode == 130, out + err
     assert "Traceback" not in err and not children_of(run)
     done = lines(run / "batches.jsonl")
-    assert 3 <= len(done) < 30 and json.loads((run / "summary.json").read_text())["interrupted"] is True
+    assert 3 <= len(done) < 14 and json.loads((run / "summary.json").read_text())["interrupted"] is True
     # The trainer's own checkpoint is of the very batch: nothing is trained on again.
     states = [json.loads(p.read_text()) for p in run.glob("checkpoints/v*/state.json")]
     assert max(state["batches"] for state in states) == len(done)
     again = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=300, check=False)
     assert again.returncode == 0, again.stderr
     assert lines(run / "batches.jsonl")[: len(done)] == done
-    assert_whole(run, batches=30, groups=4)
+    assert_whole(run, batches=14, groups=4)
 
 
 def test_a_full_disk_stops_the_run_and_it_goes_on_elsewhere(tmp_path):
@@ -148,7 +148,7 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_elsewhere(tmp_path):
     make_tiny(tmp_path / "tiny")
     disk, run = tmp_path / "disk", tmp_path / "run"
     disk.mkdir()
-    command = toml(tmp_path, steps=40, checkpoint_every=5)
+    command = toml(tmp_path, steps=20, checkpoint_every=5)
     script = f'mount -t tmpfs -o size=5m tmpfs "{disk}" && "$@"; code=$?; cp -a "{disk}/run" "{run}"; exit $code'
     small = ["unshare", "-rm", "sh", "-c", script, "sh", *command, "--run", str(disk / "run"),
              "--set=rollout.keep_weights=40"]  # fmt: skip
@@ -163,7 +163,7 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_elsewhere(tmp_path):
     assert again.returncode == 0, again.stderr
     after = dict(read_groups(run / "rollouts"))
     assert all(after[number] == group for number, group in logged.items())
-    assert_whole(run, batches=40, groups=4)
+    assert_whole(run, batches=20, groups=4)
 
 
 @pytest.mark.slow
@@ -187,21 +187,26 @@ def test_kill_9_of_a_process_at_ten_random_moments(tmp_path, monkeypatch, victim
     over = threading.Event()
 
     def killer():
-        while len(killed) < 10 and not over.wait(random.uniform(0.5, 4.0)):
+        """Most times once there was another batch, now and then while the process is still starting."""
+        seen = 0
+        while len(killed) < 10 and not over.wait(random.uniform(0.0, 1.0)):
             pid = pids.get("trainer") if victim == "trainer" else pids["fleet"][0].pid
-            if pid not in {*killed, None} and (tmp_path / "run" / "batches.jsonl").is_file():
+            file = tmp_path / "run" / "batches.jsonl"
+            batches = len(file.read_bytes().splitlines()) if file.is_file() else 0
+            if batches and pid not in {*killed, None} and (batches > seen or random.random() < 0.1):
                 os.kill(pid, signal.SIGKILL)
                 killed.add(pid)
+                seen = batches
 
     thread = threading.Thread(target=killer, daemon=True)
     thread.start()
     try:
-        summary = train(config(tmp_path, train={"steps": 400, "checkpoint_every": 3}, rollout={"eval_every": 100}))
+        summary = train(config(tmp_path, train={"steps": 150, "checkpoint_every": 3}, rollout={"eval_every": 100}))
     finally:
         over.set()
         thread.join(10)
     assert len(killed) == 10
-    assert summary["steps"] == 400 and summary["lag_max"] <= 1
+    assert summary["steps"] == 150 and summary["lag_max"] <= 1
     if victim == "engine":
         assert summary["engine_restarts"] >= 10
-    assert_whole(tmp_path / "run", batches=400, groups=4)
+    assert_whole(tmp_path / "run", batches=150, groups=4)

@@ -41,14 +41,16 @@ class ChildProcess:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, start_new_session=True,
         )  # fmt: skip
         self._buffer = b""
+        self._ready: dict[str, Any] | None = None
 
     def wait_until_ready(self) -> dict[str, Any]:
-        """What it says once it is ready; to be called once. Raises TrainingError with its own words, ChildGone."""
-        ready = self.answer(START_TIMEOUT_S)
-        if ready is None:
+        """What it said when it was ready. Raises TrainingError with its own words, ChildGone."""
+        if self._ready is None:
+            self._ready = self.answer(START_TIMEOUT_S)
+        if self._ready is None:
             self.stop()
             raise TrainingError(f"the {self.name} was not ready within {START_TIMEOUT_S:.0f} s; see {self._log.name}")
-        return ready
+        return self._ready
 
     @property
     def pid(self) -> int:

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeVar
 
 from trueup.config import Config
 from trueup.errors import ConfigError, EngineError, TrainingError
@@ -45,10 +45,11 @@ STARVED_S = 900.0
 """Without a finished group for this long the run stops: every group fails."""
 BATCH_TIMEOUT_S = 3600.0
 """A trainer that takes longer for a batch hangs, and is started again."""
-RESTARTS = 3
+RESTARTS = 5
 """Of the trainer, in a row, without a batch between them."""
 FOLDERS = ("logs", "weights", "rollouts", "parity")
 Announce = Callable[[str], None]
+Result = TypeVar("Result")
 
 
 def train(
@@ -125,8 +126,8 @@ class _Run:
         assert steps is not None
         report = preflight(config, self.fleet.processes, self.path, accepted=self.accepted, announce=self.announce)
         self.watch.wait_until_ready()
-        trainer = self._start_trainer()
-        self._serve(trainer.version)
+        self._start_trainer()
+        self._serve(self.trainer.version)
         self.done = len(self.batches)
         self.fleet.after(self.done)
         if not self.batches:
@@ -171,27 +172,23 @@ class _Run:
             sampling=self.config.sampling, rollout=self.config.rollout, done=lambda: self.done, prompts=prompts,
         )  # fmt: skip
 
-    def _start_trainer(self) -> TrainerProcess:
+    def _start_trainer(self) -> None:
         """Wait for the trainer and bring it to the last recorded batch."""
-        trainer = self.trainer
-        trainer.wait_until_ready()
-        for record in self.batches[trainer.batches :]:
-            self._ask(trainer, record["groups"])
+        self._surviving(lambda: self._catch_up(self.batches), known=self.batches)
         answers = {answer["batches"]: answer for answer in read_lines(self.path / ANSWERS)}
         for record in self.batches:
             if record["batch"] not in self.metrics.recorded:
                 answer = answers[record["batch"]]
                 self.metrics.append(record["batch"], {"version": answer["version"]} | answer.get("metrics", {}))
-        return trainer
 
-    def _ask(self, trainer: TrainerProcess, groups: Sequence[int]) -> dict[str, Any]:
-        trainer.train(groups)
+    def _ask(self, groups: Sequence[int]) -> dict[str, Any]:
+        self.trainer.train(groups)
         deadline = time.monotonic() + BATCH_TIMEOUT_S
-        while (answer := trainer.answer(POLL_S)) is None:
+        while (answer := self.trainer.answer(POLL_S)) is None:
             self.fleet.watch()
             self.watch.poll()
             if time.monotonic() > deadline:
-                trainer.kill()
+                self.trainer.kill()
         return answer
 
     def _next_groups(self, actor: Actor) -> tuple[list[Finished], float]:
@@ -229,7 +226,7 @@ class _Run:
         append_line(self.path / "batches.jsonl", record)
         self.batches.append(record)
         start = time.perf_counter()
-        answer = self._trained(record["groups"])
+        answer = self._surviving(lambda: self._ask(record["groups"]), known=self.batches[:-1])
         train_s = time.perf_counter() - start
         served = self._serve(answer["version"])
         self.done = len(self.batches)
@@ -268,21 +265,26 @@ class _Run:
             self.announce(f"ESS guard  {metrics['gap/ess/token']:.3f} is below {least}: the next batch is on-policy")
         self.on_policy = low and not self.on_policy
 
-    def _trained(self, groups: Sequence[int]) -> dict[str, Any]:
-        """Have the trainer take the batch that was just recorded, starting it again if it dies."""
+    def _surviving(self, work: Callable[[], Result], *, known: Sequence[dict[str, Any]]) -> Result:
+        """Something with the trainer, and again with another if it dies; `known` are the batches it must have had."""
         for attempt in range(RESTARTS + 1):
             try:
-                return self._ask(self.trainer, groups)
+                if attempt:
+                    self.trainer = TrainerProcess(self.path)
+                    self._catch_up(known)
+                return work()
             except ChildGone as error:
+                self.trainer.stop()
                 if attempt == RESTARTS:
                     raise
                 self.announce(f"trainer    {error}; starting it again")
-                self.trainer.stop()
-                self.trainer = trainer = TrainerProcess(self.path)
-                trainer.wait_until_ready()
-                for record in self.batches[trainer.batches : -1]:
-                    self._ask(trainer, record["groups"])
         raise AssertionError("unreachable")
+
+    def _catch_up(self, batches: Sequence[dict[str, Any]]) -> None:
+        """Give a trainer that starts the recorded batches that came after its checkpoint. Raises ChildGone."""
+        self.trainer.wait_until_ready()
+        for record in batches[self.trainer.batches :]:
+            self._ask(record["groups"])
 
     def _serve(self, version: int) -> dict[str, float]:
         """Have every engine serve a version and score the canary. Older weights are deleted, but for the last few."""
