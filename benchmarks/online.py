@@ -31,7 +31,7 @@ NOUNS = ("river", "stone", "window", "garden", "letter", "engine", "market", "wi
 ON_POLICY, ASYNC, TRL = "trueup, max_lag 0", "trueup, max_lag 2", "TRL"
 SIDES: dict[str, list[str]] = {
     ON_POLICY: ["rollout.max_lag=0", "train.threads=2", "rollout.threads=2"],
-    ASYNC: ["rollout.max_lag=2", "train.threads=1", "rollout.threads=1", "rollout.clear_cache=false"],
+    ASYNC: ["rollout.max_lag=2", "train.threads=2", "rollout.threads=1", "rollout.clear_cache=false"],
 }
 KEEP, DRAIN, SYNCHRONOUS = "in flight, keys kept", "drained", "synchronous"
 LONG = ["rollout.max_tokens=96", "task.chat=true"]
