@@ -13,6 +13,8 @@ from trueup.pipeline.run import train
 SYSTEM = "Answer with the last letter of the word you are given, four times over, and nothing else at all."
 """Long enough that every prompt begins with a prefix that the engine caches."""
 EVERY = 4
+STEPS = 400
+"""More than a run can take while an audit looks for a cause."""
 
 
 def watched(folder, **sections):
@@ -35,7 +37,7 @@ def test_a_fault_planted_in_a_live_run_is_named_and_stops_it(tmp_path, fault, ca
     make_tiny(tmp_path / "tiny")
     planted = 10
     with pytest.raises(MismatchError, match=cause):
-        train(watched(tmp_path, engine={"faults": [fault], "faults_from": planted}))
+        train(watched(tmp_path, train={"steps": STEPS}, engine={"faults": [fault], "faults_from": planted}))
     (alarm,) = lines(tmp_path / "run" / "alarms.jsonl")
     assert alarm["id"] == cause and alarm["fix"]
     audits = lines(tmp_path / "run" / "audits.jsonl")
@@ -44,7 +46,7 @@ def test_a_fault_planted_in_a_live_run_is_named_and_stops_it(tmp_path, fault, ca
         # Named by the first audit of rollouts that the broken engine made, and dated to the batch they came in with.
         assert audits[-1]["batch"] <= planted + 2 * EVERY
         assert planted < alarm["first_batch"] <= audits[-1]["batch"]
-    assert len(lines(tmp_path / "run" / "batches.jsonl")) < 40
+    assert len(lines(tmp_path / "run" / "batches.jsonl")) < STEPS
 
 
 def test_a_cause_that_was_accepted_is_written_down_and_the_run_goes_on(tmp_path):
