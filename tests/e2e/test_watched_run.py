@@ -2,12 +2,15 @@
 is made of is told apart."""
 
 import json
+import os
+import signal
 
 import pytest
 from tests.e2e.test_train_online import config, lines
 
 from trueup.errors import MismatchError
 from trueup.model.tiny import make_tiny
+from trueup.pipeline import watch as watch_module
 from trueup.pipeline.run import train
 
 SYSTEM = "Answer with the last letter of the word you are given, four times over, and nothing else at all."
@@ -108,3 +111,26 @@ def test_the_summary_and_the_picture_come_from_the_folder(tmp_path):
     again = summarise(run)
     assert all(summary[name] == value for name, value in again.items())
     assert json.loads((run / "summary.json").read_text())["audits"] == 2
+
+
+def test_an_auditor_that_is_killed_is_started_again_and_asked_again(tmp_path, monkeypatch):
+    """Once while it is still starting, once with an audit under way."""
+    make_tiny(tmp_path / "tiny")
+    pids, said = [], []
+
+    class Remembered(watch_module.AuditProcess):
+        def __init__(self, run):
+            super().__init__(run)
+            pids.append(self.pid)
+            if len(pids) == 1:
+                os.kill(self.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(watch_module, "AuditProcess", Remembered)
+
+    def on_batch(metrics):
+        if len(pids) == 2 and len(lines(tmp_path / "run" / "batches.jsonl")) == 5:
+            os.kill(pids[-1], signal.SIGKILL)
+
+    summary = train(watched(tmp_path, train={"steps": 12}), on_batch=on_batch, announce=said.append)
+    assert len(pids) == 3 and sum("auditor process ended" in line for line in said) == 2
+    assert [a["batch"] for a in lines(tmp_path / "run" / "audits.jsonl")] == [4, 8, 12] and not summary["alarms"]

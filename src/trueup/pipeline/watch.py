@@ -52,9 +52,12 @@ class ParityWatch:
             self._process = AuditProcess(self.run)
 
     def wait_until_ready(self) -> None:
-        """Until the auditor can be asked. Raises TrainingError."""
+        """Until the auditor can be asked. Raises TrainingError, EngineError when it ends again and again."""
         if self._process is not None:
-            self._process.wait_until_ready()
+            try:
+                self._process.wait_until_ready()
+            except ChildGone as error:
+                self._restart(error)
 
     def close(self) -> None:
         """End the auditor."""
@@ -118,15 +121,22 @@ class ParityWatch:
             self._process.send(request)
 
     def _restart(self, error: ChildGone) -> None:
-        self._restarts += 1
-        if self._restarts > RESTARTS:
-            raise EngineError(f"the auditor ended again after {RESTARTS} restarts: {error}")
-        self.announce(f"audit      {error}; starting it again")
-        self.close()
-        self._process = AuditProcess(self.run)
-        self._process.wait_until_ready()
-        for request in self._pending:
-            self._process.send(request)
+        """Another auditor, asked what the one that ended had not answered. Raises EngineError."""
+        while True:
+            self._restarts += 1
+            if self._restarts > RESTARTS:
+                raise EngineError(f"the auditor ended again after {RESTARTS} restarts: {error}")
+            self.announce(f"audit      {error}; starting it again")
+            self.close()
+            self._process = AuditProcess(self.run)
+            try:
+                self._process.wait_until_ready()
+                for request in self._pending:
+                    self._process.send(request)
+            except ChildGone as again:
+                error = again
+            else:
+                return
 
     def _take(self, answer: dict[str, Any]) -> None:
         if "canary" in answer:
