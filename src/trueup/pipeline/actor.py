@@ -23,7 +23,7 @@ from trueup.types import Prompt, Rollout, RolloutGroup, SamplingParams
 IDLE_S = 0.02
 """Between looks at whether another group may begin."""
 FAILED_IN_A_ROW = 32
-"""Groups that come to nothing one after the other, or as many as are under way at once, before the run is stopped."""
+"""Groups that may come to nothing one after the other, or twice as many as are under way, before the run is stopped."""
 
 
 def sampling_params(sampling: SamplingConfig, rollout: RolloutConfig, prompt_id: str) -> SamplingParams:
@@ -95,18 +95,24 @@ class Actor:
 
     def _group(self, number: int, prompt: Prompt) -> None:
         """Make one group and log it; one that comes to nothing is counted. Raises TrainingError when all of them do."""
-        made = self._generate(number, prompt)
-        rewards = made if isinstance(made, NoGroup) else self._rewards(prompt, made)
+        group = self._make(number, prompt)
         with self.lock:
-            if isinstance(made, NoGroup) or isinstance(rewards, NoGroup):
-                assert isinstance(rewards, NoGroup)
-                return self._came_to_nothing(rewards)
-            group = RolloutGroup(rollouts=tuple(made), rewards=tuple(rewards))
+            if isinstance(group, NoGroup):
+                return self._came_to_nothing(group)
             logged = self.log.append(group)
             self.buffer.add(Finished(number=logged, oldest_version=group.oldest_version))
             self._failed_in_a_row = 0
             self.counts["groups"] += 1
-            self.counts["generated_tokens"] += sum(len(r.token_ids) for r in made)
+            self.counts["generated_tokens"] += sum(len(r.token_ids) for r in group.rollouts)
+
+    def _make(self, number: int, prompt: Prompt) -> RolloutGroup | NoGroup:
+        rollouts = self._generate(number, prompt)
+        if isinstance(rollouts, NoGroup):
+            return rollouts
+        rewards = self._rewards(prompt, rollouts)
+        if isinstance(rewards, NoGroup):
+            return rewards
+        return RolloutGroup(rollouts=tuple(rollouts), rewards=tuple(rewards))
 
     def _came_to_nothing(self, why: NoGroup) -> None:
         self.buffer.fail()

@@ -136,10 +136,7 @@ class Auditor:
         first = None
         if verdict == "mismatch" and explain:
             first = self._first(record, since)
-            stale = self._stale_prompts(rollouts, groups, parts, floor, check)
-            causes = [stale] if stale is not None and stale["confidence"] == "high" else check.causes()
-            if stale is not None and all(_explained(stale) > _explained(cause) for cause in causes):
-                causes = [stale]
+            causes = _likelier(self._stale_prompts(rollouts, groups, parts, floor, check), check)
         return Audit(
             batch=record["batch"], version=record["version"], rollouts=len(rollouts), tokens=judgement.tokens,
             components=parts.as_dict(), replayed=parts.replayed, floor=floor.as_dict(),
@@ -224,7 +221,15 @@ def with_old_keys(rollout: Rollout, shared: int, version: int) -> Iterator[Any]:
         yield replace(life, runs=tuple(runs))
 
 
-def _explained(cause: Mapping[str, object]) -> float:
+def _likelier(stale: dict[str, object] | None, check: _LogCheck) -> list[dict[str, object]]:
+    """W12 if it reaches the floor or explains more than anything that the check finds; else what the check finds."""
+    if stale is not None and stale["confidence"] == "high":
+        return [stale]
+    found = check.causes()
+    return [stale] if stale is not None and all(_share(stale) > _share(cause) for cause in found) else found
+
+
+def _share(cause: Mapping[str, object]) -> float:
     share = cause["explained"]
     return share if isinstance(share, float) else 0.0
 

@@ -41,6 +41,8 @@ class Observed:
     truncated_T: Tensor
     loss: float = 0.0
     minibatches: int = 0
+    outside_reference: int = 0
+    """Tokens that the reference policy cannot draw; they have no KL term."""
 
     @classmethod
     def of(cls, batch: TrainingBatch) -> Observed:
@@ -103,6 +105,7 @@ def step_metrics(
     }
     if recipe.kl:
         found["policy/kl_reference/mean"] = float(observed.kl_T[at_T].mean())
+        found["tokens/outside_reference_set/count"] = float(observed.outside_reference)
     found |= _gap(batch, observed, at_T)
     return found | _as_pipelinerl(batch, observed, at_T, found)
 
@@ -133,12 +136,12 @@ def _mean(values: Sequence[float]) -> float:
 
 def _rewards(batch: TrainingBatch) -> dict[str, float]:
     groups = len(batch.prompts)
-    first_S = torch.cat([torch.tensor([True]), batch.group_S[1:] != batch.group_S[:-1]])
+    varied = batch.group_S[varies(batch.reward_S, batch.group_S)]
     spread = [float(batch.reward_S[batch.group_S == g].std(correction=0)) for g in range(groups)]
     return {
         "reward/all/mean": float(batch.reward_S.mean()),
         "reward/group/std": _mean(spread),
-        "reward/group/varied_fraction": float(first_S[varies(batch.reward_S, batch.group_S)].sum()) / groups,
+        "reward/group/varied_fraction": len(torch.unique(varied)) / groups,
         "completion/length/mean": float(batch.length_S.double().mean()),
         "completion/truncated/fraction": _mean([float(f.finish_reason == "length") for f in batch.facts]),
     }

@@ -124,6 +124,8 @@ class Trainer:
             if self.recipe.normalise:
                 known.correction = self._correction(batch, known.proximal_T)
         observed = Observed.of(batch)
+        if reference is not None:
+            observed.outside_reference = int((~reference.inside_T).sum())
         minibatches = self._minibatches(batch)
         observed.minibatches, known.steps_planned = len(minibatches), self.config.train.epochs * len(minibatches)
         for epoch in range(self.config.train.epochs):
@@ -140,8 +142,7 @@ class Trainer:
         self.version += 1
         return StepReport(
             version=self.version,
-            metrics=step_metrics(batch, observed, known.steps, self.recipe)
-            | ({} if reference is None else {"tokens/outside_reference_set/count": float((~reference.inside_T).sum())}),
+            metrics=step_metrics(batch, observed, known.steps, self.recipe),
             phase_s=dict(phases.seconds),
         )
 
