@@ -149,10 +149,11 @@ def veto(log_ratio_T: Tensor, row_T: Tensor, *, lower: float = 1e-4) -> Correcti
 
 
 def vcpo_scale(log_ratio_T: Tensor, row_T: Tensor, *, on_policy_ess: float = 1.0) -> float:
-    """Factor in (0, 1] on the learning rate: sqrt(ESS / ESS on policy) (VCPO, arXiv 2602.17616).
+    """Factor in (0, 1] on the learning rate: sqrt(ESS / ESS on policy) (VCPO, arXiv 2602.17616, for AdamW).
 
-    The ESS is of untruncated sequence weights, as a share of the sequences. `on_policy_ess` is what it is at lag 0
-    (1.0; the authors report 0.55 for multi-turn tools). Capped at 1: the learning rate was chosen for on-policy data.
+    VCPO's other half, its minimum-variance baseline, needs each sequence's gradient norm: not offered. The ESS is of
+    untruncated sequence weights, as a share of the sequences. `on_policy_ess` is what it is at lag 0 (1.0; the authors
+    report 0.55 for multi-turn tools). Capped at 1: the learning rate was chosen for on-policy data.
     Raises NumericsError for an ESS outside (0, 1] or a ratio that is not finite.
     """
     if not 0 < on_policy_ess <= 1:
