@@ -157,6 +157,7 @@ def test_three_updates_in_flight(tmp_path, dtype, clear):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.smollm2
 @pytest.mark.parametrize("dtype", BOTH, ids=str)
 def test_smollm2_over_two_thousand_tokens(smollm2, tmp_path, dtype):

@@ -75,6 +75,7 @@ def test_the_tiny_policy(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.smollm2
 def test_the_real_model(smollm2, tmp_path):
     made = [group for _, group in read_groups(ROLLOUTS["smollm2"])]
