@@ -18,7 +18,7 @@ from trueup.engines.admission import Aborted, Admission
 from trueup.engines.lives import PassedUpdate, kv_state, lives_of
 from trueup.engines.matrix import capability_table
 from trueup.engines.vllm_checkpoint import HEAD, read_checkpoint, serve_folder
-from trueup.engines.vllm_completion import versions_of_spans
+from trueup.engines.vllm_completion import StreamCompleter, versions_of_spans
 from trueup.engines.vllm_facts import minor, read_facts
 from trueup.engines.vllm_flags import FlagReport, is_one_of_few, reported_flags
 from trueup.engines.vllm_server import VllmServer
@@ -252,3 +252,35 @@ def test_the_plugins_wheel_holds_the_file_that_stands_here(tmp_path):
 
 def test_the_documented_capabilities_are_the_declared_ones():
     assert capability_table() in (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
+
+
+class CountingServer:
+    """What a stream completer asks of a vLLM 0.18.1: a counter of generated tokens. In place of the real server, whose
+    other clients cannot be timed."""
+
+    url = "http://127.0.0.1:1"
+
+    def __init__(self):
+        self.generated = 7
+
+    def text(self, path):
+        assert path == "/metrics"
+        return f'vllm:generation_tokens_total{{model_name="m"}} {float(self.generated)}\n'
+
+
+def test_tokens_of_others_count_only_while_a_request_of_ours_runs():
+    server = CountingServer()
+    completer = StreamCompleter(server, "m")
+    server.generated += 360  # others asked before our first request
+    with completer.scoring():
+        server.generated += 1
+    completer.settle(1.0)
+    server.generated += 5  # and between two of ours
+    completer.settle(1.0)
+    with completer.scoring():
+        server.generated += 1
+    completer.settle(1.0)
+    with completer.scoring():
+        server.generated += 1
+        with pytest.raises(EngineError, match="somebody else asks this engine"):
+            completer.settle(0.1)

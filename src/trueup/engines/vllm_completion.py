@@ -24,6 +24,7 @@ from trueup.types import CacheLife, LogprobKind, Rollout, is_integer
 
 SETTLE_POLL_S = 0.01
 STILL_S = 0.1
+STILL_WITHIN_S = 60.0
 CLAMPED = -9999.0
 """What vLLM's generate endpoint sends for a logprob of minus infinity or NaN."""
 _SAMPLE = re.compile(r"^vllm:(\w+)(?:\{[^}]*\})? ([-+.\deE]+|NaN|[-+]Inf)$", re.MULTILINE)
@@ -115,7 +116,7 @@ class SpanCompleter:
 
 
 class StreamCompleter:
-    """vLLM 0.18.1: streamed `/v1/completions`; exact as long as nobody else asks the same engine."""
+    """vLLM 0.18.1: streamed `/v1/completions`; exact as long as nobody else asks while a request of ours runs."""
 
     def __init__(self, http: HttpClient, model: str) -> None:
         self._http, self._model = http, model
@@ -147,9 +148,12 @@ class StreamCompleter:
     def settle(self, timeout_s: float) -> None:
         """See Completer: all tokens that the engine counts have arrived, seen twice. Raises EngineError."""
         deadline = time.monotonic() + timeout_s
+        with self._entry:
+            if not self._open:
+                self.restarted()
         agreed = 0
         while agreed < 2:
-            counted = read_metrics(self._http)["generation_tokens_total"] - self._before
+            counted = self._counted_tokens()
             with self._lock:
                 received, unaccountable = self._received, self._lost
             agreed = agreed + 1 if counted == received else 0
@@ -167,13 +171,21 @@ class StreamCompleter:
         self._version = version
 
     def restarted(self) -> None:
-        """Count from the engine's present count on, once that stands still; nothing of ours may run."""
-        before, last = -1.0, read_metrics(self._http)["generation_tokens_total"]
-        while before != last:
+        """Count from the engine's present count on, once that stands still; nothing of ours may run.
+
+        Raises EngineError when others keep the engine busy.
+        """
+        self._before, last, deadline = 0.0, -1.0, time.monotonic() + STILL_WITHIN_S
+        while (counted := self._counted_tokens()) != last:
+            if time.monotonic() > deadline:
+                raise EngineError(f"{self._http.url} generates for somebody else; its tokens cannot be counted")
+            last = counted
             time.sleep(STILL_S)
-            before, last = last, read_metrics(self._http)["generation_tokens_total"]
         with self._lock:
-            self._before, self._received, self._lost = before, 0, False
+            self._before, self._received, self._lost = counted, 0, False
+
+    def _counted_tokens(self) -> float:
+        return read_metrics(self._http)["generation_tokens_total"] - self._before
 
     @property
     def unaccountable(self) -> bool:
@@ -194,8 +206,8 @@ class StreamCompleter:
         """Around a request; unless something is appended its tokens are lost, and the count with them."""
         done: list[bool] = []
         with self._entry:
-            if self._lost and not self._open:
-                self.restarted()
+            if not self._open and (self._lost or self._counted_tokens() != self._received):
+                self.restarted()  # others may ask while nothing of ours runs
             with self._lock:
                 self._open += 1
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -33,11 +34,12 @@ def draw_run(run: Path, out: Path) -> None:
 
 
 def draw_comparison(groups: Sequence[Group], out: Path) -> None:
-    """The article's panels with a band over seeds for each group, and held-out reward."""
-    figure, axes = _figure(len(PANELS) + 1)
+    """The article's panels with a band over seeds for each group, held-out reward, and the audits' backend part."""
+    figure, axes = _figure(len(PANELS) + 2)
     for colour, group in zip(_colours(groups), groups, strict=True):
         _heldout(axes[0], group, colour)
-    for axis, (metric, title) in zip(axes[1:], PANELS.items(), strict=False):
+        _backend(axes[1], group, colour)
+    for axis, (metric, title) in zip(axes[2:], PANELS.items(), strict=False):
         _panel(axis, title, groups, metric)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
@@ -84,9 +86,29 @@ def _panel(axis: Axes, title: str, groups: Sequence[Group], metric: str) -> None
             axis.fill_between(longest.steps, smooth.min(axis=0), smooth.max(axis=0), color=colour, alpha=0.2)
 
 
+def _audits(run: Path) -> list[dict[str, Any]]:
+    return [a for a in read_lines(run / "audits.jsonl") if "failed" not in a]
+
+
+def _backend(axis: Axes, group: Group, colour: str) -> None:
+    axis.set_title("audits: backend, rms, nats (dotted: floor, x: off from here)", fontsize=8)
+    for run in group.runs:
+        audits = _audits(run)
+        if not audits:
+            continue
+        steps = [a["batch"] for a in audits]
+        values = [a["components"]["backend"].get("rms") or np.nan for a in audits]
+        axis.plot(steps, values, "o-", color=colour, markersize=2.5, linewidth=1)
+        axis.plot(steps, [a["floor"]["rms"] for a in audits], ":", color="#222222", linewidth=1)
+        for alarm in read_lines(run / "alarms.jsonl"):
+            at = alarm.get("first_batch") or alarm["batch"]
+            axis.plot(at, audits[0]["floor"]["rms"], "x", color=colour, markersize=7)
+        axis.set_yscale("log")
+
+
 def _parts(axis: Axes, run: Path) -> None:
     axis.set_title("audits: rms of each part, nats", fontsize=8)
-    audits = [a for a in read_lines(run / "audits.jsonl") if "failed" not in a]
+    audits = _audits(run)
     if not audits:
         return
     steps = [a["batch"] for a in audits]

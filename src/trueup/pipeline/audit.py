@@ -31,12 +31,13 @@ from trueup.parity.workbench import Workbench
 from trueup.pipeline.components import Bench, Components
 from trueup.pipeline.recipe import recipe_of
 from trueup.pipeline.rollout_log import LogReader
+from trueup.policy.packing import pack
 from trueup.trace import EngineInfo, Trace, TraceRow
 from trueup.types import LogprobKind, Rollout, RolloutGroup
 from trueup.weights.store import WeightStore, load_tensors
 
 CHECKPOINTS = 8
-"""Older weights that a search for causes may compare with, the newest of those on disk."""
+"""Older weights that a search for causes compares with, of those on disk."""
 EXPLAINED = 0.5
 """Share of the backend's mean |r| that stale keys must take away to be named."""
 W12 = {
@@ -136,7 +137,8 @@ class Auditor:
         first = None
         if verdict == "mismatch" and explain:
             first = self._first(record, since)
-            causes = _likelier(self._stale_prompts(rollouts, groups, parts, floor, check), check)
+            stale = self._stale_prompts(rollouts, groups, parts, floor, check)
+            causes = [stale] if stale is not None and stale["confidence"] == "high" else self._causes(stale, sample)
         return Audit(
             batch=record["batch"], version=record["version"], rollouts=len(rollouts), tokens=judgement.tokens,
             components=parts.as_dict(), replayed=parts.replayed, floor=floor.as_dict(),
@@ -156,6 +158,31 @@ class Auditor:
                 off = False
             low, high = (low, middle) if off else (middle + 1, high)
         return int(since[low]["batch"] if low < len(since) else record["batch"])
+
+    def _causes(self, stale: dict[str, object] | None, sample: Sequence[RolloutGroup]) -> list[dict[str, object]]:
+        """What a search finds; W12 instead if it explains more than each of these."""
+        rollouts = [r for g in sample for r in g.rollouts]
+        version = _commonest_version(rollouts)
+        found = _LogCheck(self, rollouts, older=self._nearest(sample, below=version)).causes()
+        return [stale] if stale is not None and all(_share(stale) > _share(cause) for cause in found) else found
+
+    def _nearest(self, sample: Sequence[RolloutGroup], *, below: int) -> list[Path]:
+        """Folders of older weights, oldest first: the first, the newest, and those that fit what was reported best."""
+        batch = pack(sample)
+        gaps = {
+            version: float((self.bench.score(version, batch).logprobs_T - batch.behaviour_logprobs_T).abs().median())
+            for version in (0, *self.store.versions())
+            if version < below
+        }
+        ends = {min(gaps), max(gaps)} if gaps else set()
+        best = sorted(gaps.keys() - ends, key=gaps.__getitem__)[: CHECKPOINTS - len(ends)]
+        return [self.folder(v) for v in sorted({*ends, *best})]
+
+    def folder(self, version: int) -> Path:
+        """Where a version's weights lie. Raises WeightError for one that is gone."""
+        model = self.config.train.model
+        assert model is not None
+        return model if version == 0 else self.store.open(version).path
 
     def _stale_prompts(
         self, rollouts: Sequence[Rollout], groups: Sequence[RolloutGroup], parts: Components, floor: Floor,
@@ -221,14 +248,6 @@ def with_old_keys(rollout: Rollout, shared: int, version: int) -> Iterator[Any]:
         yield replace(life, runs=tuple(runs))
 
 
-def _likelier(stale: dict[str, object] | None, check: _LogCheck) -> list[dict[str, object]]:
-    """W12 if it reaches the floor or explains more than anything that the check finds; else what the check finds."""
-    if stale is not None and stale["confidence"] == "high":
-        return [stale]
-    found = check.causes()
-    return [stale] if stale is not None and all(_share(stale) > _share(cause) for cause in found) else found
-
-
 def _share(cause: Mapping[str, object]) -> float:
     share = cause["explained"]
     return share if isinstance(share, float) else 0.0
@@ -241,18 +260,14 @@ def _judged(parts: Components, backend_T: Tensor, floor: Floor, check: _LogCheck
 class _LogCheck:
     """`trueup check` on the sample's tokens of its commonest version, whose weights are the trainer's there."""
 
-    def __init__(self, auditor: Auditor, rollouts: Sequence[Rollout]) -> None:
-        config, store = auditor.config, auditor.store
-        train = config.train
-        pure = [r for r in rollouts if _begins_pure(r)]
+    def __init__(self, auditor: Auditor, rollouts: Sequence[Rollout], *, older: Sequence[Path] = ()) -> None:
+        train = auditor.config.train
+        pure = _pure(rollouts)
         self.comparable = bool(pure)
-        stamped = [r.weight_versions[0] for r in pure or rollouts]
-        version = max(set(stamped), key=lambda v: (stamped.count(v), v))
-        folder = train.model if version == 0 else store.open(version).path
-        older = [store.folder(v) for v in store.versions() if v < version][-CHECKPOINTS:]
+        version = _commonest_version(rollouts)
         check = build_config({"check": {
-            "model": str(folder), "dtype": train.dtype, "head": train.head, "trainer": "processed",
-            "checkpoints": [str(train.model), *map(str, older)] if version else [],
+            "model": str(auditor.folder(version)), "dtype": train.dtype, "head": train.head, "trainer": "processed",
+            "checkpoints": [str(folder) for folder in older],
         }}, where="audit").check  # fmt: skip
         self.bench = Workbench.of(check, lambda message: None)
         info = EngineInfo(name=rollouts[0].engine, flags={"dtype": train.dtype, "head_dtype": train.head})
@@ -273,9 +288,15 @@ class _LogCheck:
         return [c.as_dict() for c in self.bench.judge(self.setting).report.causes] if self.comparable else []
 
 
-def _begins_pure(rollout: Rollout) -> bool:
-    """Whether the first token's version wrote the keys it attended to."""
-    return not rollout.cache_lives or rollout.cache_lives[0].runs[0][0] == rollout.weight_versions[0]
+def _pure(rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """Those whose first token's version wrote the keys it attended to."""
+    return [r for r in rollouts if not r.cache_lives or r.cache_lives[0].runs[0][0] == r.weight_versions[0]]
+
+
+def _commonest_version(rollouts: Sequence[Rollout]) -> int:
+    """Of first tokens, of the rollouts that begin pure if any do."""
+    stamped = [r.weight_versions[0] for r in _pure(rollouts) or rollouts]
+    return max(set(stamped), key=lambda v: (stamped.count(v), v))
 
 
 def _row(line: int, rollout: Rollout, version: int, info: EngineInfo) -> TraceRow:
