@@ -60,6 +60,7 @@ def test_a_cause_that_was_accepted_is_written_down_and_the_run_goes_on(tmp_path)
     summary = train(settings, resume=True, accepted=["S1"])
     assert summary["preflight_verdict"] == "mismatch" and summary["steps"] == 12
     assert [a.split()[0] for a in summary["alarms"]] == ["S1"]
+    assert json.loads((tmp_path / "run" / "parity" / "accepted.json").read_text()) == ["S1"]
 
 
 @pytest.mark.parametrize("clear_cache", [True, False])

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -9,8 +10,10 @@ from hypothesis import strategies as st
 from tests.unit.test_packing import groups
 
 from trueup.errors import RecordError, TraceError
+from trueup.monitor.rundir import accept
 from trueup.pipeline import rollout_log
-from trueup.pipeline.rollout_log import LogReader, RolloutLog, group_from_json, read_groups
+from trueup.pipeline.rollout_log import LogReader, RolloutLog, group_from_json, read_groups, reader_of
+from trueup.types import LogprobKind
 
 quiet = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 
@@ -127,3 +130,22 @@ def test_some_groups_are_read_by_number(tmp_path_factory, made, chooser):
     assert reader.read(numbers) == LogReader(folder).read(numbers) == [made[n] for n in numbers]
     with pytest.raises(TraceError, match=f"lacks group {len(made)}"):
         reader.read([0, len(made)])
+
+
+@quiet
+@given(made=groups())
+def test_with_s1_accepted_reported_logprobs_are_taken_for_the_policys(tmp_path_factory, made):
+    run = tmp_path_factory.mktemp("run")
+    (run / "parity").mkdir()
+    fill(run / "rollouts", made)
+    numbers = range(len(made))
+    assert reader_of(run).read(numbers) == made
+    accept(run, ["I2"])
+    assert reader_of(run).read(numbers) == made
+    accept(run, ["I2", "S1"])
+    trusted = reader_of(run).read(numbers)
+    for before, after in zip(made, trusted, strict=True):
+        assert after.rewards == before.rewards
+        for old, new in zip(before.rollouts, after.rollouts, strict=True):
+            assert new == replace(old, logprob_kind=LogprobKind.PROCESSED)
+    assert list(read_groups(run / "rollouts")) == list(enumerate(made))  # the log says what was reported

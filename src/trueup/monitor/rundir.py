@@ -8,7 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "rollout.min_ess", "rollout.concurrency", "rollout.engines", "rollout.score_workers", "task.held_out",
 )  # fmt: skip
 """Knobs that do not decide what a batch computes: a resumed run may have other ones."""
+ACCEPTED = Path("parity") / "accepted.json"
 OWN_SECTIONS = ("train", "objective", "correction", "optimizer", "task", "rollout", "sampling", "engine")
 
 
@@ -34,6 +35,17 @@ def config_of(path: Path) -> Config:
     content = json.loads(file.read_text(encoding="utf-8"))
     content.pop("recipe")
     return build_config(without_none(content), where=str(file))
+
+
+def accept(path: Path, causes: Sequence[str]) -> None:
+    """Write down with which causes of a mismatch the run goes on."""
+    (path / ACCEPTED).write_text(json.dumps(sorted(causes)), encoding="utf-8")
+
+
+def accepted_of(path: Path) -> list[str]:
+    """Ids of the causes with which the run goes on."""
+    file = path / ACCEPTED
+    return list(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else []
 
 
 class RunFolder:

@@ -30,7 +30,7 @@ from trueup.parity.setting import SettingJudge
 from trueup.parity.workbench import Workbench
 from trueup.pipeline.components import Bench, Components
 from trueup.pipeline.recipe import recipe_of
-from trueup.pipeline.rollout_log import LogReader
+from trueup.pipeline.rollout_log import reader_of
 from trueup.policy.packing import pack
 from trueup.trace import EngineInfo, Trace, TraceRow
 from trueup.types import LogprobKind, Rollout, RolloutGroup
@@ -99,7 +99,7 @@ class Auditor:
         assert train.model is not None
         self.recipe = recipe_of(self.config)
         self.store = WeightStore(self.run / "weights")
-        self.log = LogReader(self.run / "rollouts")
+        self.log = reader_of(self.run)
         model = open_policy(load_model(train.model, dtype=getattr(torch, train.dtype)), bitwise=train.bitwise)
         self._start = {n: t.detach().clone() for n, t in model.stored_tensors().items()}
         self.bench = Bench(

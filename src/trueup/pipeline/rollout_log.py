@@ -12,12 +12,13 @@ import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from trueup.errors import RecordError, TraceError
+from trueup.monitor.rundir import accepted_of
 from trueup.types import CacheLife, KVState, LogprobKind, Prompt, Rollout, RolloutGroup, SamplingParams
 
 SCHEMA = "trueup.rollouts/1"
@@ -143,8 +144,9 @@ def _lines(folder: Path, start: _Place) -> Iterator[tuple[_Place, bytes]]:
 class LogReader:
     """Reads groups by their numbers from a log that grows, and goes through each line once to find them."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, trusted: bool = False) -> None:
+        """`trusted`: take what was reported for the behaviour policy's logprobs, whatever it is of."""
+        self.folder, self.trusted = folder, trusted
         self._places: list[_Place] = []
 
     def read(self, numbers: Sequence[int]) -> list[RolloutGroup]:
@@ -160,7 +162,16 @@ class LogReader:
         place = self._places[number]
         with place.path.open("rb") as stream:
             stream.seek(place.offset)
-            return place.parse(number, stream.readline())
+            group = place.parse(number, stream.readline())
+        if not self.trusted:
+            return group
+        taken = tuple(replace(r, logprob_kind=LogprobKind.PROCESSED) for r in group.rollouts)
+        return RolloutGroup(rollouts=taken, rewards=group.rewards)
+
+
+def reader_of(run: Path) -> LogReader:
+    """A reader of a run's log; trusting if the run goes on knowingly with logprobs of another distribution (S1)."""
+    return LogReader(run / "rollouts", trusted="S1" in accepted_of(run))
 
 
 class RolloutLog:

@@ -21,7 +21,7 @@ from trueup.config import Config
 from trueup.errors import ConfigError, EngineError, TrainingError
 from trueup.monitor.curves import draw_run
 from trueup.monitor.metric_log import MetricLog, append_line, read_lines
-from trueup.monitor.rundir import RunFolder
+from trueup.monitor.rundir import RunFolder, accept
 from trueup.monitor.sinks import Sinks
 from trueup.pipeline.actor import Actor
 from trueup.pipeline.buffer import Finished, RolloutBuffer
@@ -96,6 +96,7 @@ class _Run:
         self.source = PromptSource(task, config.train.model, chat=config.task.chat, system=config.task.system)
         self.evaluation = self.source.held_out(config.task.held_out)
         self.store = WeightStore(self.path / "weights")
+        accept(self.path, accepted)
         # Trainer, auditor, scorers and engines start beside one another.
         self.trainer = TrainerProcess(self.path)
         stack.callback(lambda: self.trainer.stop())  # the one that runs then

@@ -53,7 +53,7 @@ class _Child:
 
         from trueup.model.load import checkpoint_digest
         from trueup.pipeline.checkpoint import Checkpoints
-        from trueup.pipeline.rollout_log import LogReader
+        from trueup.pipeline.rollout_log import reader_of
         from trueup.pipeline.trainer import Trainer
         from trueup.weights.store import WeightStore
 
@@ -67,7 +67,7 @@ class _Child:
         self.trainer = Trainer(config)
         self.checkpoints = Checkpoints(run / "checkpoints", keep=train.keep_checkpoints)
         self.store = WeightStore(run / "weights")
-        self.log = LogReader(run / "rollouts")
+        self.log = reader_of(run)
         digest = checkpoint_digest(train.model)
         self.state = self.checkpoints.load(self.trainer, model_digest=digest)
 
