@@ -153,7 +153,7 @@ class StreamCompleter:
                 self.restarted()
         agreed = 0
         while agreed < 2:
-            counted = self._counted_tokens()
+            counted = self._generated() - self._before
             with self._lock:
                 received, unaccountable = self._received, self._lost
             agreed = agreed + 1 if counted == received else 0
@@ -175,17 +175,17 @@ class StreamCompleter:
 
         Raises EngineError when others keep the engine busy.
         """
-        self._before, last, deadline = 0.0, -1.0, time.monotonic() + STILL_WITHIN_S
-        while (counted := self._counted_tokens()) != last:
+        last, deadline = -1.0, time.monotonic() + STILL_WITHIN_S
+        while (generated := self._generated()) != last:
             if time.monotonic() > deadline:
                 raise EngineError(f"{self._http.url} generates for somebody else; its tokens cannot be counted")
-            last = counted
+            last = generated
             time.sleep(STILL_S)
         with self._lock:
-            self._before, self._received, self._lost = counted, 0, False
+            self._before, self._received, self._lost = generated, 0, False
 
-    def _counted_tokens(self) -> float:
-        return read_metrics(self._http)["generation_tokens_total"] - self._before
+    def _generated(self) -> float:
+        return read_metrics(self._http)["generation_tokens_total"]
 
     @property
     def unaccountable(self) -> bool:
@@ -206,7 +206,7 @@ class StreamCompleter:
         """Around a request; unless something is appended its tokens are lost, and the count with them."""
         done: list[bool] = []
         with self._entry:
-            if not self._open and (self._lost or self._counted_tokens() != self._received):
+            if not self._open and (self._lost or self._generated() - self._before != self._received):
                 self.restarted()  # others may ask while nothing of ours runs
             with self._lock:
                 self._open += 1

@@ -90,6 +90,10 @@ def _audits(run: Path) -> list[dict[str, Any]]:
     return [a for a in read_lines(run / "audits.jsonl") if "failed" not in a]
 
 
+def _rms(audits: Sequence[dict[str, Any]], part: str) -> list[float]:
+    return [a["components"][part].get("rms") or np.nan for a in audits]  # a logarithm has no place for exactly 0
+
+
 def _backend(axis: Axes, group: Group, colour: str) -> None:
     axis.set_title("audits: backend, rms, nats (dotted: floor, x: off from here)", fontsize=8)
     for run in group.runs:
@@ -97,8 +101,7 @@ def _backend(axis: Axes, group: Group, colour: str) -> None:
         if not audits:
             continue
         steps = [a["batch"] for a in audits]
-        values = [a["components"]["backend"].get("rms") or np.nan for a in audits]
-        axis.plot(steps, values, "o-", color=colour, markersize=2.5, linewidth=1)
+        axis.plot(steps, _rms(audits, "backend"), "o-", color=colour, markersize=2.5, linewidth=1)
         axis.plot(steps, [a["floor"]["rms"] for a in audits], ":", color="#222222", linewidth=1)
         for alarm in read_lines(run / "alarms.jsonl"):
             at = alarm.get("first_batch") or alarm["batch"]
@@ -113,8 +116,8 @@ def _parts(axis: Axes, run: Path) -> None:
         return
     steps = [a["batch"] for a in audits]
     for colour, part in zip(COLOURS, ("backend", "stale_kv", "staleness", "self_noise"), strict=False):
-        values = [a["components"][part].get("rms") or np.nan for a in audits]  # a logarithm has no place for exactly 0
-        axis.plot(steps, values, "o-", color=colour, markersize=2.5, linewidth=1, label=part.replace("_", " "))
+        label = part.replace("_", " ")
+        axis.plot(steps, _rms(audits, part), "o-", color=colour, markersize=2.5, linewidth=1, label=label)
     axis.plot(steps, [a["floor"]["rms"] for a in audits], ":", color="#222222", linewidth=1, label="floor")
     axis.set_yscale("log")
     axis.legend(fontsize=6, frameon=False)

@@ -162,8 +162,8 @@ class Auditor:
     def _causes(self, stale: dict[str, object] | None, sample: Sequence[RolloutGroup]) -> list[dict[str, object]]:
         """What a search finds; W12 instead if it explains more than each of these."""
         rollouts = [r for g in sample for r in g.rollouts]
-        version = _commonest_version(rollouts)
-        found = _LogCheck(self, rollouts, older=self._nearest(sample, below=version)).causes()
+        older = self._nearest(sample, below=_commonest_version(rollouts))
+        found = _LogCheck(self, rollouts, older=older).causes()
         return [stale] if stale is not None and all(_share(stale) > _share(cause) for cause in found) else found
 
     def _nearest(self, sample: Sequence[RolloutGroup], *, below: int) -> list[Path]:

@@ -35,12 +35,7 @@ def _behind(evidence: Evidence, model: EngineModel) -> list[Variant]:
     if not model.source.plain:
         return []
     return [
-        _under(
-            model,
-            label,
-            EVERYTHING,
-            f"the engine fits {label}, number {len(labels) - index} before the trainer's",
-        )
+        _under(model, label, EVERYTHING, f"the engine fits {label}, number {len(labels) - index} before the trainer's")
         for index, label in enumerate(labels)
         if index > 0
     ]
