@@ -223,8 +223,10 @@ class RolloutConfig(_Section):
     eval_every: int = Field(10, ge=1, description="batches between evaluations on held-out prompts")
     keep_weights: int = Field(8, ge=2, description="published versions that stay on disk")
     seed: int = Field(0, ge=0, lt=2**31, description="of the completions")
-    update: Literal["in_flight", "drain"] = Field(
-        "in_flight", description="drain: an update waits until the engines' requests have run to their end"
+    update: Literal["in_flight", "drain", "synchronous"] = Field(
+        "in_flight",
+        description="drain: an update waits until the engines' requests have run to their end; synchronous: max_lag + "
+        "1 batches are made with one version, then trained on while nothing is generated",
     )
     min_ess: float | None = Field(
         None, gt=0, le=1, description="after a batch with a lower token ESS of pi/mu, on-policy groups only for one"

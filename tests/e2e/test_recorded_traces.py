@@ -41,7 +41,7 @@ def test_a_few_rows_of_each_setting_are_read_right(smollm2, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["0.18.1-defaults", "0.32.0-defaults"])
+@pytest.mark.parametrize("name", ["0.18.1-defaults", pytest.param("0.32.0-defaults", marks=pytest.mark.long)])
 def test_default_flags_are_s1_wherever_it_can_be_seen(smollm2, name):
     report = checked(name)
     by_label = settings(report)
@@ -66,7 +66,7 @@ def test_the_numbers_of_the_migration_case(smollm2):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["0.18.1-processed", "0.32.0-processed"])
+@pytest.mark.parametrize("name", ["0.18.1-processed", pytest.param("0.32.0-processed", marks=pytest.mark.long)])
 def test_processed_logprobs_agree_within_the_predicted_bf16_floor(smollm2, name):
     report = checked(name)
     assert report.exit_code == 0 and not report.causes
@@ -78,7 +78,7 @@ def test_processed_logprobs_agree_within_the_predicted_bf16_floor(smollm2, name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["0.18.1-processed", "0.32.0-processed-fp32"])
+@pytest.mark.parametrize("name", [pytest.param("0.18.1-processed", marks=pytest.mark.long), "0.32.0-processed-fp32"])
 def test_a_trainer_that_ignores_truncation_sees_s4_and_the_kept_mass(smollm2, name):
     by_label = settings(checked(name, "trl"))
     for label in (TOP_P, TOP_K):
@@ -112,6 +112,7 @@ def test_v0_is_processed_and_its_wide_floor_is_truncating_bf16_stores(smollm2):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_v0_under_a_trl_trainer_has_two_causes_both_named(smollm2):
     setting = settings(checked("0.8.5-v0", "trl"))[TOP_P]
     assert sorted(ids(setting)) == ["I1", "S4"]

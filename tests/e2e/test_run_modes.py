@@ -19,6 +19,17 @@ def test_a_drained_update_waits_for_requests_and_one_in_flight_does_not(tmp_path
     assert all(a["verdict"] == "agree" for a in lines(tmp_path / "run" / "audits.jsonl"))
 
 
+def test_synchronous_rounds_are_made_with_one_version_and_go_on_after_a_resume(tmp_path):
+    make_tiny(tmp_path / "tiny")
+    rollout = {"update": "synchronous", "max_lag": 2}
+    train(config(tmp_path, train={"steps": 4}, rollout=rollout))
+    train(config(tmp_path, train={"steps": 9}, rollout=rollout), resume=True)
+    lags = [m["lag/oldest_token/max"] for m in lines(tmp_path / "run" / "metrics.jsonl")]
+    assert lags == [0, 1, 2] * 3
+    rollouts = [r for _, group in read_groups(tmp_path / "run" / "rollouts") for r in group.rollouts]
+    assert {tuple(set(r.weight_versions)) for r in rollouts} == {(0,), (3,), (6,)}
+
+
 def test_the_ess_guard_takes_one_batch_on_policy_after_a_low_one(tmp_path):
     make_tiny(tmp_path / "tiny")
     said = []

@@ -41,11 +41,25 @@ def test_admission_lets_begin_what_can_still_be_trained_on(max_lag):
     assert buffer.may_start(2)
 
 
+def test_a_synchronous_round_is_made_with_one_version_and_then_trained_on():
+    buffer = RolloutBuffer(groups_per_batch=2, max_lag=2, synchronous=True)
+    lags = []
+    for done in range(6):
+        while buffer.may_start(done):
+            assert done % 3 == 0, "nothing is generated while a round is trained on"
+            assert buffer.take(done) == [], "nor trained on before all of it is there"
+            buffer.add(finished(buffer.started, done))
+            buffer.start()
+        lags += [done - g.oldest_version for g in buffer.take(done)]
+    assert lags == [0, 0, 1, 1, 2, 2] * 2 and not buffer.dropped
+
+
+@pytest.mark.parametrize("synchronous", [False, True])
 @pytest.mark.parametrize("seed", range(8))
-def test_nothing_is_lost_or_taken_twice_and_no_lag_exceeds_its_limit(seed):
+def test_nothing_is_lost_or_taken_twice_and_no_lag_exceeds_its_limit(seed, synchronous):
     chooser = random.Random(seed)
     batch, max_lag = chooser.randint(1, 4), chooser.randint(0, 3)
-    buffer = RolloutBuffer(groups_per_batch=batch, max_lag=max_lag)
+    buffer = RolloutBuffer(groups_per_batch=batch, max_lag=max_lag, synchronous=synchronous)
     version, number, flying, taken = 0, 0, [], []
     for _ in range(2000):
         event = chooser.random()

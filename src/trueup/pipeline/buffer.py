@@ -24,6 +24,10 @@ class RolloutBuffer:
 
     groups_per_batch: int
     max_lag: int
+    synchronous: bool = False
+    """Rounds of max_lag + 1 batches: all are made before the first is trained on, the next round after the last."""
+    taken: int = 0
+    """Batches, of an earlier part of the run too."""
     dropped: list[int] = field(default_factory=list)
     """Numbers of groups that were too old when their turn came."""
     started: int = 0
@@ -34,9 +38,16 @@ class RolloutBuffer:
         """Whether another group may be begun once so many batches were taken and their versions are served.
 
         Admission as AReaL's (arXiv 2505.24298, equation 3): group number N (from 0) belongs to batch N // B and may be
-        begun max_lag batches before it. Groups that were dropped or failed leave room for others.
+        begun max_lag batches before it, or with its round. Groups that were dropped or failed leave room for others.
         """
-        return (self.started - len(self.dropped)) // self.groups_per_batch <= batches_done + self.max_lag
+        batch = (self.started - len(self.dropped)) // self.groups_per_batch
+        if self.synchronous:
+            return batch // self._round <= batches_done // self._round
+        return batch <= batches_done + self.max_lag
+
+    @property
+    def _round(self) -> int:
+        return self.max_lag + 1
 
     def start(self) -> None:
         """A group was begun."""
@@ -64,6 +75,8 @@ class RolloutBuffer:
             kept = {g.number for g in fresh}
             self.dropped += [g.number for g in self._waiting if g.number not in kept]
             self._waiting = deque(fresh)
-        if len(self._waiting) < self.groups_per_batch:
+        due = self._round - self.taken % self._round if self.synchronous else 1
+        if len(self._waiting) < due * self.groups_per_batch:
             return []
+        self.taken += 1
         return [self._waiting.popleft() for _ in range(self.groups_per_batch)]

@@ -114,7 +114,10 @@ class _Run:
         stack.callback(self.log.close)
         self.batches = read_lines(self.path / "batches.jsonl")
         self.metrics = MetricLog(self.path / "metrics.jsonl", batches=len(self.batches))
-        self.buffer = RolloutBuffer(groups_per_batch=config.train.groups, max_lag=config.rollout.max_lag)
+        self.buffer = RolloutBuffer(
+            groups_per_batch=config.train.groups, max_lag=config.rollout.max_lag, taken=len(self.batches),
+            synchronous=config.rollout.update == "synchronous",
+        )  # fmt: skip
         self.sinks = Sinks(config.monitor.sinks, self.path)
         stack.callback(self.sinks.close)
         self.generated_tokens = 0
