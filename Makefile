@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SMOLLM2 := models/smollm2-135m
 
-.PHONY: setup demo test test-slow test-all test-vllm fault-matrix lint bench vllm clean
+.PHONY: setup demo test test-slow test-all test-vllm test-cuda fault-matrix lint bench vllm clean
 
 setup: $(VENV)/.installed $(SMOLLM2)/config.json
 
@@ -33,14 +33,14 @@ lint: $(VENV)/.installed
 PYTEST_TWICE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test: setup
-	$(PYTEST_TWICE) -m "not slow and not vllm" $(ARGS)
+	$(PYTEST_TWICE) -m "not slow and not vllm and not cuda" $(ARGS)
 
 test-slow: setup
-	$(PYTEST_TWICE) -m "slow and not vllm" $(ARGS)
+	$(PYTEST_TWICE) -m "slow and not vllm and not cuda" $(ARGS)
 
 # Both at once, so that the two processes are busy to the end, without what takes minutes.
 test-all: setup
-	$(PYTEST_TWICE) -m "not vllm and not long" $(ARGS)
+	$(PYTEST_TWICE) -m "not vllm and not long and not cuda" $(ARGS)
 
 # vLLM in an environment of its own (minutes, 4 to 7 GB), then real servers on this machine, one at a time. Updates
 # are tried while vLLM steps, so one thread is ours; the check searches for causes while it idles, and takes all cores.
@@ -49,6 +49,10 @@ test-vllm: setup
 	$(BIN)/trueup vllm install --version $(VLLM)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm --vllm-version $(VLLM) $(ARGS) tests/contract tests/vllm/test_vllm_updates.py
 	$(BIN)/python -m pytest -m vllm --vllm-version $(VLLM) $(ARGS) tests/vllm/test_vllm_check.py
+
+# On a machine with an NVIDIA GPU: the trainer's side there gives the CPU's logprobs, gradients and verdicts.
+test-cuda: setup
+	OMP_NUM_THREADS=8 $(BIN)/python -m pytest -m cuda $(ARGS) tests/gpu
 
 bench: setup
 	$(BIN)/python benchmarks/head.py

@@ -47,7 +47,7 @@ class CheckConfig(_Section):
         "auto", description="dtype of the trainer's body; auto follows the engine's declared dtype"
     )
     head: Literal["float32", "bfloat16"] = Field("float32", description="dtype the trainer multiplies its head in")
-    device: str = Field("cpu", description="torch device of the trainer's forward pass; tested on cpu")
+    device: str = Field("cpu", description="torch device of the trainer's forward pass; tested on cpu and cuda")
     batch_rows: int = Field(16, ge=1, description="rows a forward pass")
     max_rows: int | None = Field(None, ge=1, description="use at most this many rows of each sampling setting")
     against: str | None = Field(None, description="another trace, a report.json, or another engine's URL")

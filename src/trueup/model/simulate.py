@@ -93,7 +93,7 @@ def _require_plain_scale(norm: nn.Module) -> None:
     """Refuse norms whose output is not weight times a unit-rms vector (Gemma scales by 1 + weight)."""
     weight = norm.weight
     assert isinstance(weight, Tensor)
-    probe = torch.linspace(-1, 1, len(weight))[None]
+    probe = torch.linspace(-1, 1, len(weight), device=weight.device)[None]
     expected = weight * probe * probe.square().mean().rsqrt()
     if not bool((weight != 0).all()) or not torch.allclose(norm(probe), expected, rtol=1e-2, atol=1e-4):
         raise ModelError(f"{type(norm).__name__} is no plain RMS norm")
