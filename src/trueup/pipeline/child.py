@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from trueup.env import SHARING_CORES, child_environment
 from trueup.errors import TrainingError, TrueupError
 
 ANSWER = "TRUEUP "
@@ -39,6 +40,7 @@ class ChildProcess:
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, str(run)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, start_new_session=True,
+            env=child_environment(SHARING_CORES),
         )  # fmt: skip
         self._buffer = b""
         self._ready: dict[str, Any] | None = None

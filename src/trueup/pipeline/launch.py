@@ -15,6 +15,7 @@ from trueup.engines.embedded.serve import read_or_make_token
 from trueup.engines.trueup_http import TrueupEngine
 from trueup.engines.vllm_server import VllmServer
 from trueup.engines.vllm_v1 import VllmEngine
+from trueup.env import SHARING_CORES, child_environment
 from trueup.errors import EngineError
 from trueup.knobs import Config, VllmConfig
 
@@ -74,7 +75,7 @@ class EmbeddedProcess:
         with log:
             self._process = subprocess.Popen(
                 self._command(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-                start_new_session=True,
+                start_new_session=True, env=child_environment(SHARING_CORES),
             )  # fmt: skip
         self.url = self._address(time.monotonic() + START_TIMEOUT_S)
         return TrueupEngine(self.url, token=token)
