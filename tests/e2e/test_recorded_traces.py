@@ -32,7 +32,7 @@ def ids(setting):
     return [c.id for c in setting.causes]
 
 
-@pytest.mark.parametrize("name", ["0.18.1-defaults", "0.32.0-processed-fp32"])
+@pytest.mark.parametrize("name", ["0.18.1-defaults", pytest.param("0.32.0-processed-fp32", marks=pytest.mark.slow)])
 def test_a_few_rows_of_each_setting_are_read_right(smollm2, name):
     """Whole traces take minutes and are in `make test-slow`."""
     report = check_trace(CheckConfig(trace=DATA / f"vllm-{name}.jsonl", model=SMOLLM2, max_rows=4))

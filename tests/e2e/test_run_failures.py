@@ -96,6 +96,7 @@ def test_an_evaluation_without_a_reward_says_why(tmp_path):
         engine.close()
 
 
+@pytest.mark.slow
 def test_an_engine_that_hangs_is_killed_and_replaced(tmp_path, monkeypatch):
     """Stopped, not ended: it keeps its port open and answers nothing."""
     make_tiny(tmp_path / "tiny")
@@ -118,6 +119,7 @@ def test_an_engine_that_hangs_is_killed_and_replaced(tmp_path, monkeypatch):
     assert_whole(tmp_path / "run", batches=6, groups=4)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_the_batch_under_way_and_the_run_goes_on(tmp_path):
     make_tiny(tmp_path / "tiny")
     command, run = toml(tmp_path, steps=14), tmp_path / "run"
@@ -141,6 +143,7 @@ def test_ctrl_c_saves_the_batch_under_way_and_the_run_goes_on(tmp_path):
     assert_whole(run, batches=14, groups=4)
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_it_goes_on_elsewhere(tmp_path):
     """A real one: a file system of 5 MB, which rollouts, weights and checkpoints fill."""
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode:

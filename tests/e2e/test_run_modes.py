@@ -19,6 +19,7 @@ def test_a_drained_update_waits_for_requests_and_one_in_flight_does_not(tmp_path
     assert all(a["verdict"] == "agree" for a in lines(tmp_path / "run" / "audits.jsonl"))
 
 
+@pytest.mark.slow
 def test_synchronous_rounds_are_made_with_one_version_and_go_on_after_a_resume(tmp_path):
     make_tiny(tmp_path / "tiny")
     rollout = {"update": "synchronous", "max_lag": 2}

@@ -34,7 +34,12 @@ def watched(folder, **sections):
 
 
 @pytest.mark.parametrize(
-    ("fault", "cause"), [("raw_logprobs", "S1"), ("ignored_sync", "W1"), ("stale_prefixes", "W12")]
+    ("fault", "cause"),
+    [
+        pytest.param("raw_logprobs", "S1", marks=pytest.mark.slow),
+        ("ignored_sync", "W1"),
+        pytest.param("stale_prefixes", "W12", marks=pytest.mark.slow),
+    ],
 )
 def test_a_fault_planted_in_a_live_run_is_named_and_stops_it(tmp_path, fault, cause):
     make_tiny(tmp_path / "tiny")
@@ -52,6 +57,7 @@ def test_a_fault_planted_in_a_live_run_is_named_and_stops_it(tmp_path, fault, ca
     assert len(lines(tmp_path / "run" / "batches.jsonl")) < STEPS
 
 
+@pytest.mark.slow
 def test_a_cause_that_was_accepted_is_written_down_and_the_run_goes_on(tmp_path):
     make_tiny(tmp_path / "tiny")
     settings = watched(tmp_path, train={"steps": 12}, engine={"faults": ["raw_logprobs"]})
