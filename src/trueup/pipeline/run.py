@@ -179,14 +179,21 @@ class _Run:
     def _start_trainer(self) -> None:
         """Wait for the trainer and bring it to the last recorded batch."""
         self._surviving(lambda: self._catch_up(self.batches), known=self.batches)
-        answers = {answer["batches"]: answer for answer in read_lines(self.path / ANSWERS)}
+        answers = self._answers()
         for record in self.batches:
             if record["batch"] not in self.metrics.recorded:
                 answer = answers[record["batch"]]
-                self.metrics.append(record["batch"], {"version": answer["version"]} | answer.get("metrics", {}))
+                self.metrics.append(record["batch"], _outcome(answer) | answer.get("metrics", {}))
 
-    def _ask(self, groups: Sequence[int]) -> dict[str, Any]:
-        self.trainer.train(groups)
+    def _answers(self) -> dict[int, dict[str, Any]]:
+        """What the trainer, or one before it, said of each batch."""
+        return {answer["batches"]: answer for answer in read_lines(self.path / ANSWERS)}
+
+    def _ask(self, record: dict[str, Any]) -> dict[str, Any]:
+        """What the trainer makes of a batch; or made, if one before it died after its checkpoint, before its answer."""
+        if record["batch"] <= self.trainer.batches:
+            return self._answers()[record["batch"]]
+        self.trainer.train(record["groups"])
         deadline = time.monotonic() + BATCH_TIMEOUT_S
         while (answer := self.trainer.answer(POLL_S)) is None:
             self.fleet.watch()
@@ -230,7 +237,7 @@ class _Run:
         append_line(self.path / "batches.jsonl", record)
         self.batches.append(record)
         start = time.perf_counter()
-        answer = self._surviving(lambda: self._ask(record["groups"]), known=self.batches[:-1])
+        answer = self._surviving(lambda: self._ask(record), known=self.batches[:-1])
         train_s = time.perf_counter() - start
         served = self._serve(answer["version"])
         self.done = len(self.batches)
@@ -253,8 +260,7 @@ class _Run:
             "time/since_start_s": time.perf_counter() - self.started,
         }  # fmt: skip
         metrics |= {f"time/{phase}_s": phase_s for phase, phase_s in answer.get("phase_s", {}).items()}
-        extra = {"skipped": answer["skipped"]} if "skipped" in answer else {}
-        self.metrics.append(record["batch"], {"version": answer["version"]} | metrics | extra)
+        self.metrics.append(record["batch"], _outcome(answer) | metrics)
         self.sinks.log(record["batch"], metrics)
         self.on_batch(metrics)
         self._guard(metrics)
@@ -288,7 +294,7 @@ class _Run:
         """Give a trainer that starts the recorded batches that came after its checkpoint. Raises ChildGone."""
         self.trainer.wait_until_ready()
         for record in batches[self.trainer.batches :]:
-            self._ask(record["groups"])
+            self._ask(record)
 
     def _serve(self, version: int) -> dict[str, float]:
         """Have every engine serve a version and score the canary. Older weights are deleted, but for the last few."""
@@ -319,3 +325,8 @@ class _Run:
         self.sinks.log(batch, {"heldout/reward/mean": found.reward})
         self.announce(f"held out   batch {batch}  reward {found.reward:.3f} (standard error {found.error:.3f})")
         return found
+
+
+def _outcome(answer: dict[str, Any]) -> dict[str, Any]:
+    """The version after a batch, and why it is the one before."""
+    return {name: answer[name] for name in ("version", "skipped") if name in answer}
