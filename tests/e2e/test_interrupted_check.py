@@ -11,7 +11,7 @@ from tests.server_kit import ServerProcess
 
 from trueup.model.tiny import make_tiny
 
-DEADLINE_S = 90
+DEADLINE_S = 240
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])

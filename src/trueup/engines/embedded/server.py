@@ -9,7 +9,7 @@ import asyncio
 import hmac
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -20,6 +20,7 @@ from fastapi import Body, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.security import HTTPBearer
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from trueup.engines.base import GenerationRequest, Result
 from trueup.engines.embedded import completions
@@ -136,14 +137,15 @@ def make_app(
     served = Served(engine, token, request_timeout_s=request_timeout_s, max_queue=max_queue, allow_faults=allow_faults)
     app = FastAPI(title="trueup serve", version="1", docs_url=None, redoc_url=None)
     app.state.served = served
-    _handle_errors(app, served)
+    _handle_errors(app)
+    app.add_middleware(_Admission, served=served)
     _add_openai(app, served)
     _add_observation(app, served)
     _add_control(app, served)
     return app
 
 
-def _handle_errors(app: FastAPI, served: Served) -> None:
+def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(TrueupError)
     async def refused(request: Request, error: TrueupError) -> Response:
         stopped = str(error).startswith(("the engine stopped", "the engine is closed"))
@@ -167,9 +169,22 @@ def _handle_errors(app: FastAPI, served: Served) -> None:
 
         app.add_exception_handler(kind, known)
 
-    @app.middleware("http")
-    async def admit(request: Request, proceed: Callable[[Request], Awaitable[Response]]) -> Response:
-        if not served.knows(request):
+
+class _Admission:
+    """Refuses a request before anything of its body is read.
+
+    Not Starlette's BaseHTTPMiddleware: what is behind that never learns that a client has gone away.
+    """
+
+    def __init__(self, app: ASGIApp, served: Served) -> None:
+        self.app, self.served = app, served
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self._refusal(Request(scope)) if scope["type"] == "http" else None
+        await (refusal or self.app)(scope, receive, send)
+
+    def _refusal(self, request: Request) -> Response | None:
+        if not self.served.knows(request):
             message = "send the server's token as a bearer token"
             return _error(UNAUTHENTICATED, message, **{"WWW-Authenticate": "Bearer"})
         if "transfer-encoding" in request.headers:
@@ -177,7 +192,7 @@ def _handle_errors(app: FastAPI, served: Served) -> None:
         length = request.headers.get("content-length", "0")
         if not length.isdigit() or int(length) > MAX_BODY_BYTES:
             return _error(TOO_LARGE, f"the body may have at most {MAX_BODY_BYTES} bytes")
-        return await proceed(request)
+        return None
 
 
 def _add_openai(app: FastAPI, served: Served) -> None:
