@@ -91,6 +91,7 @@ def test_a_tied_head_left_at_old_weights_is_named_with_its_tensor(smollm2, tmp_p
     assert "head" in report.causes[0].evidence or "embed_tokens" in report.causes[0].evidence, shown(report)
 
 
+@pytest.mark.slow
 def test_a_cache_that_outlives_an_update_is_w12(smollm2, vllm_version, tmp_path):
     knobs = {"version": vllm_version, "dtype": "float32", "prefix_caching": True}
     with vllm_server(smollm2, tmp_path / "run", **knobs) as server:
@@ -109,7 +110,7 @@ def parity(request, smollm2, vllm_version, tmp_path_factory):
         yield server
 
 
-@pytest.mark.parametrize("parity", ["bfloat16", "float32"], indirect=True)
+@pytest.mark.parametrize("parity", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)], indirect=True)
 def test_the_parity_flags_agree_at_the_floor_of_their_precision(smollm2, parity):
     report = check(smollm2, parity)
     assert report.verdict == "agree", shown(report)
