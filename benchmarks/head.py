@@ -5,7 +5,10 @@ alternate, and ratios are medians over pairs of neighbouring runs. Prints one JS
 memory_ratio (peak extra memory of trueup, above inputs, outputs and gradients, over one fp32 logits tensor),
 time_ratio (forward and backward, trueup / plain), scoring_time_ratio (no gradient). Goals: 1/8, 1.4, 1.05.
 
-    python benchmarks/head.py [--pairs 5] [--dtype float32|bfloat16]
+With `--busy N` it measures what N busy neighbours cost instead: busy_over_quiet is trueup's scoring time beside N
+processes that each keep a core busy, over its time alone. Goal: at most 3 with 2 neighbours on 2 cores.
+
+    python benchmarks/head.py [--pairs 5] [--dtype float32|bfloat16] [--busy 2]
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ import subprocess
 import sys
 import time
 from typing import TYPE_CHECKING
+
+from trueup.env import wait_passively
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,17 +117,42 @@ def measure(side: str, mode: str, dtype: str, what: str = "time") -> dict[str, f
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def beside_neighbours(dtype: str, pairs: int, count: int) -> dict[str, object]:
+    """Score alone and beside `count` busy processes, in turns."""
+    quiet, busy = [], []
+    for _ in range(pairs):
+        quiet.append(measure("chunked", "score", dtype)["seconds"])
+        neighbours = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+        try:
+            busy.append(measure("chunked", "score", dtype)["seconds"])
+        finally:
+            for neighbour in neighbours:
+                neighbour.kill()
+                neighbour.wait()
+    ratios = sorted(b / q for b, q in zip(busy, quiet, strict=True))
+    return {
+        "neighbours": count, "seconds_quiet": round(statistics.median(quiet), 3),
+        "seconds_busy": round(statistics.median(busy), 3), "busy_over_quiet": round(statistics.median(ratios), 3),
+        "busy_over_quiet_range": [round(ratios[0], 3), round(ratios[-1], 3)],
+    }  # fmt: skip
+
+
 def main() -> None:
     """Run the pairs and print the ratios."""
+    wait_passively()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--busy", type=int, default=0, metavar="N", help="busy processes beside the measured one")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(one(*options.one)))
         return
     result: dict[str, object] = {"tokens": TOKENS, "vocab": VOCAB, "hidden": WIDTH, "dtype": options.dtype}
+    if options.busy:
+        print(json.dumps(result | beside_neighbours(options.dtype, options.pairs, options.busy)))
+        return
     for mode, key in (("train", "time_ratio"), ("score", "scoring_time_ratio")):
         pairs = [[measure(side, mode, options.dtype)["seconds"] for side in SIDES] for _ in range(options.pairs)]
         ratios = sorted(ours / theirs for ours, theirs in pairs)

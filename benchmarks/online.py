@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from trueup.env import wait_passively
+
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "smollm2-135m"
 TRL_PYTHON = ROOT / ".venv-trl" / "bin" / "python"
@@ -173,6 +175,7 @@ def ways_of_updating(rounds: int, dtype: str) -> dict[str, Any]:
 
 def main() -> None:
     """Run one dtype and print one JSON object."""
+    wait_passively()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])

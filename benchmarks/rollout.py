@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from side import Side, answer
+from trueup.env import wait_passively
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "smollm2-135m"
@@ -178,6 +179,7 @@ def pick_vllm(warm: dict[str, dict[int, float]]) -> list[str]:
 
 def main() -> None:
     """Warm every side, run the rounds and print the ratios."""
+    wait_passively()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, nargs="+", default=[32, 64])

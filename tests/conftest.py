@@ -4,6 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from trueup.env import wait_passively
+
+wait_passively()  # before any test loads torch
+
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).resolve().parent / "data"
 SMOLLM2 = ROOT / "models" / "smollm2-135m"

@@ -31,6 +31,25 @@ def make_tiny_checkpoint(
     return folder
 
 
+@torch.no_grad()
+def draw_completions(
+    folder: Path, prompts: list[list[int]], *, length: int, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> list[list[int]]:
+    """Completions drawn at T=1 from any causal model, one prompt at a time."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    rng = np.random.default_rng(seed)
+    found = []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(length):
+            p = model(torch.tensor([ids])).logits[0, -1].double().softmax(0).numpy()
+            ids.append(int(rng.choice(len(p), p=p / p.sum())))
+        found.append(ids[len(prompt) :])
+    return found
+
+
 class PlainEngine:
     """Generates with a transformers model and reports logprobs; `fault` says what is broken."""
 

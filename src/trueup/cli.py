@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from trueup.config import build_config, dump_config, load_config, without_none
+from trueup.env import wait_passively
 from trueup.errors import ConfigError, MismatchError, TrueupError
 from trueup.knobs import Config
 
@@ -368,6 +369,7 @@ def smollm2(
 
 def main() -> None:
     """Entry point."""
+    wait_passively()
     app()
 
 

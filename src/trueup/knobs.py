@@ -20,13 +20,17 @@ class _Section(BaseModel):
 class LimitsConfig(_Section):
     """How far beyond the predicted noise floor is too far (clean engines: 0.7 to 0.95 times the predicted rms)."""
 
-    rms_factor: float = Field(1.25, gt=0, description="rms of r may reach this many times the predicted rms")
-    bias_factor: float = Field(0.25, gt=0, description="systematic offset as a share of the predicted rms")
-    bias_sigmas: float = Field(4.0, gt=0, description="and at least this many standard errors from zero")
-    tail_factor: float = Field(
-        3.0, gt=0, description="a token is in the tail beyond this many predicted 99 % quantiles"
+    rms_factor: float = Field(1.25, gt=0, description="how many times the predicted noise a clean engine may have")
+    false_alarm_rate: float = Field(
+        2e-4, gt=0, lt=0.5,
+        description="probability that a clean engine exceeds a limit by chance, for each judgement of a setting: all "
+        "tokens together, each row, each token, and how tokens were drawn",
+    )  # fmt: skip
+    bias_factor: float = Field(0.25, gt=0, description="largest systematic offset as a share of the predicted rms")
+    sequence_nats: float = Field(
+        0.5, gt=0, description="largest systematic offset, nats summed over a completion of the mean length"
     )
-    tail_share: float = Field(0.005, ge=0, le=1, description="share of tokens allowed in the tail")
+    bias_sigmas: float = Field(4.0, gt=0, description="an offset counts from so many standard errors from zero on")
     edge_share: float = Field(0.05, ge=0, le=1, description="share of tokens allowed outside the trainer's kept set")
     min_tokens: int = Field(64, ge=1, description="fewer comparable tokens than this are not judged")
     min_floor: float = Field(2e-5, gt=0, description="smallest rms floor ever claimed, nats")

@@ -1,8 +1,12 @@
 """`trueup.trace/1`: the public JSONL form of rollouts, read without trusting it.
 
-One JSON object a line: engine, sampling, prompt and completion token ids, the engine's logprob of each completion
-token; optionally trainer_logprobs, weight_versions, replica, reward, model_digest, finish_reason. A malformed row is
-evidence about an engine, so the reader never stops at one: it says what is wrong with it and goes on.
+One JSON object per line: engine, sampling, prompt and completion token ids, the engine's logprob of each completion
+token; optionally mask, trainer_logprobs, weight_versions, replica, reward, model_digest, finish_reason. A malformed row
+is evidence about an engine, so the reader never stops at one: it says what is wrong with it and goes on.
+
+A completion with a mask is a conversation: tokens with mask 0 were written by a tool or a template, carry no logprob,
+and are context for what follows. Each stretch of tokens with mask 1 becomes a row whose prompt is all that stands
+before it, which is what the engine was asked for.
 """
 
 from __future__ import annotations
@@ -10,14 +14,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from trueup.errors import TraceError
+from trueup.foreign_logs import looks_like
 from trueup.types import is_integer
 
 SCHEMA = "trueup.trace/1"
+REQUIRED = ("sampling", "prompt_token_ids", "completion_token_ids", "completion_logprobs")
+MASKS = ("mask", "response_mask", "completion_mask", "loss_mask", "action_mask", "assistant_masks")
+"""Names under which frameworks log which tokens of a completion the policy wrote; the first is ours."""
 MAX_LINE_BYTES = 16 * 2**20
 MAX_ROWS = 1_000_000
 MAX_TOKEN_ID = 2**31 - 1
@@ -43,7 +51,8 @@ class EngineInfo:
 class TraceRow:
     """One completion as logged, unvalidated: arrays may disagree in length and hold NaN.
 
-    `completion_logprobs` are nats; an entry that was no number is NaN. `line` counts from 1 in the file.
+    `completion_logprobs` are nats; an entry that was null is NaN. `line` counts from 1 in the file; the turns of one
+    conversation share it, and `prompt_token_ids` of a later turn hold the earlier ones.
     """
 
     line: int
@@ -88,8 +97,22 @@ def _ids(record: Mapping[str, object], name: str) -> tuple[int, ...]:
         raise _Unusable(f"{name} is missing or not a list")
     for position, value in enumerate(values):
         if not is_integer(value) or not 0 <= value <= MAX_TOKEN_ID:
-            raise _Unusable(f"{name}[{position}] is no token id: {str(value)[:40]!r}")
+            raise _Unusable(f"{name}[{position}] is not a token id: {_shown(value)}{_id_hint(value)}")
     return tuple(values)
+
+
+def _shown(value: object) -> str:
+    """A value and its type, as a person would write them into JSON."""
+    kinds = {str: "the string", list: "the list", dict: "the object", bool: "the boolean", float: "the number"}
+    return f"{kinds.get(type(value), '')} {json.dumps(value, default=str)[:40]}".strip()
+
+
+def _id_hint(value: object) -> str:
+    if isinstance(value, float) and value.is_integer():
+        return ": write ids as whole numbers"
+    if isinstance(value, str) and value.startswith("token_id:"):
+        return ": write the number alone"
+    return ""
 
 
 def _number(value: object) -> float:
@@ -107,10 +130,13 @@ def _numbers(record: Mapping[str, object], name: str, problems: list[str]) -> tu
         return None
     if not isinstance(values, list):
         raise _Unusable(f"{name} is not a list")
+    for position, value in enumerate(values):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise _Unusable(f"{name}[{position}] is {_shown(value)}, not a number: write one logprob in nats per token")
     numbers = tuple(_number(v) for v in values)
-    strange = [i for i, v in enumerate(values) if math.isnan(numbers[i]) and not isinstance(v, float)]
-    if strange:
-        problems.append(f"{name}[{strange[0]}] is no number ({len(strange)} such entries), read as NaN")
+    missing = [i for i, v in enumerate(values) if math.isnan(numbers[i]) and not isinstance(v, float)]
+    if missing:
+        problems.append(f"{name}[{missing[0]}] is null or too large ({len(missing)} such entries), read as NaN")
     return numbers
 
 
@@ -143,20 +169,76 @@ def _versions(record: Mapping[str, object], problems: list[str]) -> tuple[int, .
     return tuple(values)
 
 
-def parse_row(record: object, line: int) -> tuple[TraceRow, list[str]]:
-    """Build a TraceRow from one decoded record; (row, remarks). Raises TraceError if the row is unusable."""
+def _require_fields(record: Mapping[str, object]) -> None:
+    """Name every field that is missing, and the framework that the record looks like."""
+    missing = [name for name in REQUIRED if record.get(name) is None]
+    if not missing:
+        return
+    why = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+    if missing == ["sampling"]:
+        why += ': without it nothing says what the logprobs should be; add e.g. "sampling": {"temperature": 1.0}'
+    foreign = looks_like(record)
+    if foreign is not None:
+        why += f". The line looks like {foreign.name}: {foreign.advice}"
+    raise _Unusable(why)
+
+
+def _mask(record: Mapping[str, object], count: int) -> tuple[bool, ...] | None:
+    """Which completion tokens the policy wrote; None without a mask."""
+    name = next((n for n in MASKS if record.get(n) is not None), None)
+    if name is None:
+        return None
+    values = record[name]
+    if not isinstance(values, list) or any(v not in (0, 1) for v in values):
+        raise _Unusable(f"{name} is not a list of 0 and 1")
+    if len(values) != count:
+        raise _Unusable(f"{name} has {len(values)} entries for {count} completion tokens")
+    return tuple(bool(v) for v in values)
+
+
+def _turns(row: TraceRow, mask: tuple[bool, ...] | None) -> tuple[TraceRow, ...]:
+    """A row per stretch of tokens that the policy wrote, with everything before it as its prompt."""
+    if mask is None or all(mask):
+        return (row,)
+    starts = [t for t, inside in enumerate(mask) if inside and (t == 0 or not mask[t - 1])]
+    found = []
+    for start in starts:
+        stop = next((t for t in range(start, len(mask)) if not mask[t]), len(mask))
+
+        def part(values: tuple[Any, ...] | None, span: slice = slice(start, stop)) -> Any:
+            return values if values is None else values[span]
+
+        found.append(
+            replace(
+                row,
+                prompt_token_ids=row.prompt_token_ids + row.completion_token_ids[:start],
+                completion_token_ids=part(row.completion_token_ids),
+                completion_logprobs=part(row.completion_logprobs),
+                trainer_logprobs=part(row.trainer_logprobs),
+                weight_versions=part(row.weight_versions),
+                finish_reason=row.finish_reason if stop == len(mask) else None,
+            )
+        )
+    return tuple(found)
+
+
+def parse_row(record: object, line: int) -> tuple[tuple[TraceRow, ...], list[str]]:
+    """Build the rows of one decoded record, one per turn of the policy: (rows, remarks).
+
+    Raises TraceError if the record is unusable.
+    """
     remarks: list[str] = []
     try:
         if not isinstance(record, Mapping):
-            raise _Unusable(f"expected a JSON object, got {type(record).__name__}")
+            raise _Unusable(f"expected one JSON object per line, got {_shown(record)}")
+        _require_fields(record)
         if record.get("schema") != SCHEMA:
             remarks.append(f"schema is {str(record.get('schema'))[:40]!r}, not {SCHEMA!r}; read as {SCHEMA}")
-        sampling = record.get("sampling")
+        sampling = record["sampling"]
         if not isinstance(sampling, Mapping):
-            raise _Unusable("sampling is missing: without it nothing says what the logprobs should be")
+            raise _Unusable(f"sampling is {_shown(sampling)}, not an object of request fields")
         logprobs = _numbers(record, "completion_logprobs", remarks)
-        if logprobs is None:
-            raise _Unusable("completion_logprobs is missing")
+        assert logprobs is not None
         reward = record.get("reward")
         row = TraceRow(
             line=line,
@@ -172,11 +254,17 @@ def parse_row(record: object, line: int) -> tuple[TraceRow, list[str]]:
             model_digest=_text(record, "model_digest"),
             finish_reason=_text(record, "finish_reason"),
         )
+        mask = _mask(record, len(row.completion_token_ids))
+        if mask is not None and len(row.completion_logprobs) != len(mask):
+            raise _Unusable(f"completion_logprobs has {len(row.completion_logprobs)} entries, its mask {len(mask)}")
     except _Unusable as reason:
         raise TraceError(str(reason)) from None
     if not row.prompt_token_ids:
         raise TraceError("prompt_token_ids is empty: the first completion token has no context to score")
-    return row, remarks
+    turns = _turns(row, mask)
+    if not turns:
+        remarks.append("the mask leaves no token that the policy wrote: nothing to compare")
+    return turns, remarks
 
 
 def _decode(raw: bytes) -> object:
@@ -204,13 +292,13 @@ def _read_stream(stream: BinaryIO, path: Path) -> Trace:
         if not raw.strip():
             continue
         try:
-            row, remarks = parse_row(_decode(raw), line)
+            turns, remarks = parse_row(_decode(raw), line)
         except TraceError as error:
             problems.append(RowProblem(line=line, message=str(error), dropped=True))
             continue
         problems.extend(RowProblem(line=line, message=remark, dropped=False) for remark in remarks)
-        rows.append(row)
-        if len(rows) == MAX_ROWS:
+        rows.extend(turns)
+        if len(rows) >= MAX_ROWS:
             problems.append(
                 RowProblem(line=line, message=f"more than {MAX_ROWS} rows; the rest was not read", dropped=True)
             )

@@ -1,28 +1,26 @@
 """`check_rollouts` on lists and arrays, with trainers that really go wrong: dropout, padding, packs, end tokens."""
 
+import json
+import shutil
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
-from tests.plain_engine import PlainEngine, make_tiny_checkpoint
+from tests.plain_engine import VOCAB, draw_completions, make_tiny_checkpoint
 from tests.plain_trainer import PlainTrainer, make_tiny_gpt2
 
 from trueup.errors import ConfigError, RecordError
 from trueup.parity import check_rollouts
-from trueup.trace import read_trace
 
 
 @pytest.fixture(scope="module")
-def rows(tiny_model, tmp_path_factory):
-    path = PlainEngine(tiny_model).trace(tmp_path_factory.mktemp("r") / "t.jsonl", {"temperature": 1.0}, rows=12)
-    found = read_trace(path).rows
+def rows(tiny_model):
+    chooser = np.random.default_rng(0)
+    prompts = [chooser.integers(0, VOCAB, 4 + i % 5).tolist() for i in range(12)]
     return [
-        {
-            "prompt_token_ids": list(r.prompt_token_ids[: 4 + i % 5]) if i else list(r.prompt_token_ids),
-            "completion_token_ids": list(r.completion_token_ids),
-            "completion_logprobs": list(r.completion_logprobs),
-            "sampling": dict(r.sampling),
-        }
-        for i, r in enumerate(found)
+        {"prompt_token_ids": prompt, "completion_token_ids": ids, "sampling": {"temperature": 1.0}}
+        for prompt, ids in zip(prompts, draw_completions(tiny_model, prompts, length=24), strict=True)
     ]
 
 
@@ -67,12 +65,10 @@ def test_positions_that_count_padding_are_found_where_positions_are_absolute(tmp
 
     make_tiny_gpt2(tmp_path / "gpt2")
     chooser = np.random.default_rng(0)
+    prompts = [chooser.integers(3, 90, 4 + 3 * i).tolist() for i in range(12)]
+    drawn = draw_completions(tmp_path / "gpt2", prompts, length=16)
     plain = [
-        {
-            "prompt_token_ids": chooser.integers(3, 90, 4 + 3 * i).tolist(),
-            "completion_token_ids": chooser.integers(3, 90, 16).tolist(),
-        }
-        for i in range(12)
+        {"prompt_token_ids": prompt, "completion_token_ids": ids} for prompt, ids in zip(prompts, drawn, strict=True)
     ]
     spaces = [SimpleNamespace(**r) for r in plain]
     right = PlainTrainer(tmp_path / "gpt2", batch=1)(spaces)
@@ -100,14 +96,24 @@ def test_a_knob_that_is_none_is_refused_by_name(tiny_model, engine_rows):
         check_rollouts(engine_rows, model=tiny_model, batch_rows=0)
 
 
-def test_end_tokens_taken_for_padding_are_t8(tiny_model, engine_rows):
+def cut_after(ids, last):
+    """A completion that ends with the last `last` in it; whole without one."""
+    return ids[: len(ids) - ids[::-1].index(last)] if last in ids else ids
+
+
+def test_end_tokens_taken_for_padding_are_t8(tiny_model, engine_rows, tmp_path):
     from types import SimpleNamespace
 
-    ended = [r | {"completion_token_ids": [*r["completion_token_ids"][:-1], 2]} for r in engine_rows]
+    common = Counter(i for r in engine_rows for i in set(r["completion_token_ids"])).most_common(1)[0][0]
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"eos_token_id": common}))
+    ended = [r | {"completion_token_ids": cut_after(r["completion_token_ids"], common)} for r in engine_rows]
+    assert sum(r["completion_token_ids"][-1] == common for r in ended) >= 3
     spaces = [SimpleNamespace(**r) for r in ended]
-    right, wrong = PlainTrainer(tiny_model, batch=1)(spaces), PlainTrainer(tiny_model, "end")(spaces)
+    right, wrong = PlainTrainer(model, batch=1)(spaces), PlainTrainer(model, "end", end=common)(spaces)
     rows = [r | {"completion_logprobs": v} for r, v in zip(ended, right, strict=True)]
-    report = check_rollouts(rows, model=tiny_model, trainer_logprobs=wrong)
+    report = check_rollouts(rows, model=model, trainer_logprobs=wrong)
     assert ids(report) == ["T8"], [c.as_dict() for c in report.causes]
 
 

@@ -102,15 +102,15 @@ def test_a_trace_round_trips(tmp_path):
     [
         ('{"schema": "trueup.trace/1", "engine"', "not valid JSON"),
         ("[" * 100_000, "nested too deeply|not valid JSON"),
-        ("[1, 2]", "expected a JSON object"),
+        ("[1, 2]", "expected one JSON object per line, got the list"),
         (json.dumps(GOOD | {"sampling": None}), "sampling is missing"),
         (json.dumps(GOOD | {"completion_logprobs": None}), "completion_logprobs is missing"),
-        (json.dumps(GOOD | {"completion_token_ids": [1, "2"]}), "no token id"),
-        (json.dumps(GOOD | {"completion_token_ids": [1, -2]}), "no token id"),
-        (json.dumps(GOOD | {"completion_token_ids": [1, 2**40]}), "no token id"),
-        (json.dumps(GOOD | {"prompt_token_ids": [True]}), "no token id"),
+        (json.dumps(GOOD | {"completion_token_ids": [1, "2"]}), "not a token id"),
+        (json.dumps(GOOD | {"completion_token_ids": [1, -2]}), "not a token id"),
+        (json.dumps(GOOD | {"completion_token_ids": [1, 2**40]}), "not a token id"),
+        (json.dumps(GOOD | {"prompt_token_ids": [True]}), "not a token id"),
         (json.dumps(GOOD | {"prompt_token_ids": []}), "prompt_token_ids is empty"),
-        ("9" * 5000, "not valid JSON|expected a JSON object"),
+        ("9" * 5000, "not valid JSON|expected one JSON object"),
     ],
     ids=range(11),
 )
@@ -128,7 +128,7 @@ def test_bad_rows_are_explained_and_the_rest_is_kept(tmp_path, line, message):
 def test_odd_values_are_read_as_evidence_not_refused(tmp_path):
     path = tmp_path / "t.jsonl"
     path.write_text(
-        '{"sampling":{},"prompt_token_ids":[1],"completion_token_ids":[1,2,3],"completion_logprobs":[NaN,"x",-1e999]}'
+        '{"sampling":{},"prompt_token_ids":[1],"completion_token_ids":[1,2,3],"completion_logprobs":[NaN,null,-1e999]}'
     )
     trace = read_trace(path)
     values = trace.rows[0].completion_logprobs

@@ -91,10 +91,11 @@ def against_trace(check: CheckConfig, other: Path) -> dict[str, object]:
         evidence = scorer.evidence(setting.case, setting.rows)
         dist = setting.case.processed
         sides = [evidence.scores(source, dist).logprobs_T for source in (TRAINER, ENGINE, REFERENCE)]
-        floor = predict(*sides, basis="two engines", min_floor=check.limits.min_floor)
+        row_T, lines = evidence.tokens.row_T, evidence.tokens.lines
+        floor = predict(*sides, row_T=row_T, lines=lines, basis="two engines", min_floor=check.limits.min_floor)
         other_T = torch.tensor([v for r in setting.rows for v in values[r.line]], dtype=torch.float64)
         gap_T = other_T - evidence.tokens.engine_T
-        verdict = judge(gap_T, evidence.tokens.row_T, floor, check.limits)
+        verdict = judge(gap_T, row_T, floor, check.limits, lines=lines)
         verdicts.add("inconclusive" if not verdict.enough else "mismatch" if verdict.reasons else "agree")
         gaps.append(gap_T[torch.isfinite(gap_T)])
         why = "; ".join(verdict.reasons) or f"rms {verdict.rms:.3g}, floor {floor.rms:.3g}"

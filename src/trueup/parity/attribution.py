@@ -104,8 +104,9 @@ class Attributor:
         res = self.held_residual(model)
         limits = self.limits.model_copy(update={"min_tokens": max(1, self.limits.min_tokens // 4)})
         verdict = judge(
-            res.residual_T.masked_fill(~res.usable_T, float("nan")), res.row_T, self.floor_of(model), limits
-        )
+            res.residual_T.masked_fill(~res.usable_T, float("nan")), res.row_T, self.floor_of(model), limits,
+            lines=self.held.tokens.lines,
+        )  # fmt: skip
         if res.edge_share > self.limits.edge_share:
             reason = f"{res.edge_share:.1%} of tokens lie outside the kept set this predicts"
             verdict = replace(verdict, reasons=(*verdict.reasons, reason))

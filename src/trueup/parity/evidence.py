@@ -76,6 +76,8 @@ class Case:
     tag: str = ""
     omitted: tuple[str, ...] = ()
     """Sampling fields that the requests left to the engine."""
+    drawn: bool = True
+    """Whether the tokens are judged as draws: not where another setting holds the same tokens."""
 
     @property
     def min_p_first(self) -> bool:
@@ -171,8 +173,10 @@ class Evidence:
     """Tokens of a setting and a way to ask what any source says of them under any distribution.
 
     `ask(source, dists)` returns TokenScores [T]; `mass(source, temperature, ids)` the probability [T] of a set of ids;
-    `expected()` how often the trainer expects each id among these tokens, [V]. Answers are remembered, so asking twice
-    costs nothing. `screen` is a small part of the evidence, on which costly candidates are compared first.
+    `expected()` how often the trainer expects each id among these tokens, [V]; `spread(source, dist)` what `ask` does,
+    with varentropies. What `scores` returns is remembered, so asking twice costs nothing. `screen` is a small part of
+    the evidence, on which costly candidates are compared first. `suspects_T` marks tokens that are off by more than
+    rounding can explain, where that was looked at.
     """
 
     case: Case
@@ -180,9 +184,11 @@ class Evidence:
     ask: Callable[[Source, Sequence[Distribution]], list[TokenScores]]
     mass: Callable[[Source, float, tuple[int, ...]], Tensor]
     expected: Callable[[], Tensor]
+    spread: Callable[[Source, Distribution], TokenScores]
     facts: Facts = field(default_factory=Facts)
     whole: Evidence | None = None
     screen: Evidence | None = None
+    suspects_T: Tensor | None = None
     _memory: dict[tuple[Source, Distribution], TokenScores] = field(default_factory=dict)
 
     @property

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from trueup.errors import RecordError
 from trueup.trace import TraceRow
 from trueup.types import LOGPROB_SLACK
 
@@ -72,6 +73,25 @@ def _non_finite(rows: Sequence[TraceRow]) -> Broken | None:
 def broken_invariants(rows: Sequence[TraceRow]) -> list[Broken]:
     """Return every broken invariant of a setting's rows."""
     return [b for b in (_lengths(rows), _non_finite(rows)) if b]
+
+
+def require_logprobs(rows: Sequence[TraceRow]) -> None:
+    """Raise RecordError when a column does not hold logprobs but probabilities, or numbers of the wrong sign.
+
+    Zeros are left alone: a token that is certain has logprob 0, and a column of nothing but zeros is named (S9).
+    """
+    for name in ("completion_logprobs", "trainer_logprobs"):
+        values = [v for r in rows for v in getattr(r, name) or () if math.isfinite(v)]
+        if not values or min(values) < 0 or max(values) <= LOGPROB_SLACK:
+            continue
+        line = next(r.line for r in rows if any(v > LOGPROB_SLACK for v in getattr(r, name) or ()))
+        if max(values) <= 1:
+            kind, advice = "lies between 0 and 1: these look like probabilities", "write their natural logarithms"
+        else:
+            kind, advice = "is positive: these look like negative log-likelihoods", "turn their signs"
+        raise RecordError(
+            f"{name} holds no logprobs: every one of {len(values)} values (first at line {line}) {kind}; {advice}"
+        )
 
 
 def positive_logprobs(rows: Sequence[TraceRow]) -> int:

@@ -142,7 +142,7 @@ class LiveCheck:
             Trace(path=Path(self.clients[0].url), rows=tuple(replace(r, engine=self.info) for r in rows), problems=()),
             LogprobKind.RAW, [],
         )[0].case  # fmt: skip
-        case = replace(case, sampling=SamplingParams(), trainer=LogprobKind.RAW, tag=SCORED, omitted=())
+        case = replace(case, sampling=SamplingParams(), trainer=LogprobKind.RAW, tag=SCORED, omitted=(), drawn=False)
         return Setting(case=case, rows=tuple(rows))
 
     def _self_consistency(

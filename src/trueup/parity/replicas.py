@@ -40,11 +40,12 @@ def divide(rows: Sequence[TraceRow], now: Residual, floor: Floor, limits: Limits
     good: list[str] = []
     bad: list[str] = []
     rms: dict[str, float] = {}
+    lines = [r.line for r in rows]
     for name in dict.fromkeys(names):
         own = torch.tensor([i for i, n in enumerate(names) if n == name])
         inside_T = torch.isin(now.row_T, own) & now.usable_T
         share = limits.model_copy(update={"min_tokens": max(1, limits.min_tokens // 4)})
-        verdict = judge(now.residual_T.masked_fill(~inside_T, torch.nan), now.row_T, floor, share)
+        verdict = judge(now.residual_T.masked_fill(~inside_T, torch.nan), now.row_T, floor, share, lines=lines)
         rms[name] = verdict.rms
         (good if verdict.within else bad).append(name)
     return Divided(good=tuple(good), bad=tuple(bad), rms=rms) if good and bad else None

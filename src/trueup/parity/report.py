@@ -65,6 +65,7 @@ class SettingReport:
     ruled_out: tuple[str, ...]
     untested: dict[str, str]
     kept_mass: float | None
+    draws: dict[str, object] = field(default_factory=dict)
     points: Points = Points()
 
     def as_dict(self) -> dict[str, object]:

@@ -18,9 +18,9 @@ from trueup.parity.run import check_rows
 from trueup.parity.trainer_check import Trainer, not_there, probe_trainer, which_padding
 from trueup.parity.verdicts import SELF_LIMIT
 from trueup.parity.workbench import Workbench
-from trueup.trace import SCHEMA, Trace, TraceRow, parse_row
+from trueup.trace import MASKS, SCHEMA, Trace, TraceRow, parse_row
 
-ARRAYS = ("prompt_token_ids", "completion_token_ids", "completion_logprobs", "weight_versions")
+ARRAYS = ("prompt_token_ids", "completion_token_ids", "completion_logprobs", "weight_versions", *MASKS)
 
 
 def _plain(values: Any) -> list[Any]:
@@ -34,14 +34,14 @@ def rows_of(rows: Sequence[Mapping[str, Any]], trainer_logprobs: Sequence[Any] |
     """Turn plain records into trace rows. Raises RecordError, naming the row, for one that cannot be used."""
     if trainer_logprobs is not None and len(trainer_logprobs) != len(rows):
         raise RecordError(f"{len(trainer_logprobs)} trainer_logprobs for {len(rows)} rows: pass one array a row")
-    found = []
+    found: list[TraceRow] = []
     for index, row in enumerate(rows):
         record: dict[str, Any] = {"schema": SCHEMA, "sampling": {"temperature": 1.0}, "engine": {"name": "unknown"}}
         record |= dict(row) | {name: _plain(row[name]) for name in ARRAYS if row.get(name) is not None}
         if trainer_logprobs is not None:
             record["trainer_logprobs"] = _plain(trainer_logprobs[index])
         try:
-            found.append(parse_row(record, index + 1)[0])
+            found += parse_row(record, index + 1)[0]
         except TraceError as error:
             raise RecordError(f"row {index}: {error}") from None
     if not found:

@@ -15,6 +15,7 @@ from trueup.parity.assemble import merge, reach, ruled_out, untested
 from trueup.parity.findings import Attribution
 from trueup.parity.grouping import Setting, group
 from trueup.parity.hypotheses import ENGINE_WIDE
+from trueup.parity.invariants import require_logprobs
 from trueup.parity.recipe import TRAINERS, lint, recipe_of_engine
 from trueup.parity.report import Cause, ParityReport, SettingReport
 from trueup.parity.trainer_check import judge_logged
@@ -70,6 +71,7 @@ def check_rows(bench: Workbench, trace: Trace) -> ParityReport:
     """Judge the rows of a trace. Raises TrueupError when nothing can be tested."""
     started = time.monotonic()
     check = bench.check
+    require_logprobs(trace.rows)
     bench.problems += [f"line {p.line}: {p.message}" + ("; row left out" if p.dropped else "") for p in trace.problems]
     settings = group(trace, TRAINERS[check.trainer], bench.problems)
     if not settings:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -26,6 +28,8 @@ from trueup.policy.processing import Distribution, History
 from trueup.trace import TraceRow
 
 MODELS_HELD = 2
+HELD_PROBABILITIES = 2**26
+"""Probabilities that are kept for the next question (256 MiB); of more tokens they are computed again each time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,16 +193,18 @@ class Scorer:
         return replace(head, softcap=edit.softcap or head.softcap, scale=head.scale * edit.scale)
 
     def _score(
-        self, source: Source, hidden_TD: Tensor, tokens: Tokens, dists: Sequence[Distribution]
-    ) -> list[TokenScores]:
+        self, source: Source, hidden_TD: Tensor, tokens: Tokens, dists: Sequence[Distribution], *,
+        varentropy: bool = False,
+    ) -> list[TokenScores]:  # fmt: skip
         """Score on the model's device, answer on the CPU."""
         device = hidden_TD.device
         prompts = tuple(p.to(device) for p in tokens.prompts)
         history = History(row_T=tokens.row_T.to(device), prompts=prompts)
         found = token_scores_under(
-            hidden_TD, self.head(source), tokens.targets_T.to(device), dists=dists, history=history
-        )
-        return [TokenScores(**{f.name: getattr(s, f.name).cpu() for f in fields(TokenScores)}) for s in found]
+            hidden_TD, self.head(source), tokens.targets_T.to(device), dists=dists, history=history,
+            varentropy=varentropy,
+        )  # fmt: skip
+        return [TokenScores(**{name: value.cpu() for name, value in columns(s).items()}) for s in found]
 
     def unfit(self, row: TraceRow) -> str | None:
         """Say why the model cannot score a row, None if it can."""
@@ -221,10 +227,12 @@ class Scorer:
 
         held: dict[tuple[Source, float], list[Tensor]] = {}
 
-        def probabilities(source: Source, temperature: float) -> list[Tensor]:
+        def probabilities(source: Source, temperature: float) -> Iterable[Tensor]:
+            if len(tokens) * self.head(source).vocab_size > HELD_PROBABILITIES:
+                return self._probabilities(source, rows, temperature)
             if (source, temperature) not in held:
                 held.clear()
-                held[source, temperature] = self._probabilities(source, rows, temperature)
+                held[source, temperature] = list(self._probabilities(source, rows, temperature))
             return held[source, temperature]
 
         def mass(source: Source, temperature: float, ids: tuple[int, ...]) -> Tensor:
@@ -232,36 +240,42 @@ class Scorer:
             return torch.cat([p[:, wanted].sum(1) for p in probabilities(source, temperature)]).cpu()
 
         def expected() -> Tensor:
-            totals = [p.sum(0) for p in probabilities(TRAINER, case.processed.temperature)]
-            return torch.stack(totals).sum(0).cpu()
+            return sum_of(p.sum(0) for p in probabilities(TRAINER, case.processed.temperature)).cpu()
 
-        return Evidence(case=case, tokens=tokens, ask=ask, mass=mass, expected=expected, facts=self.facts(rows))
+        def spread(source: Source, dist: Distribution) -> TokenScores:
+            if source.weights is not None and source.weights[0] == STAMPED:
+                return self._ask_stamped(source, rows, tokens, [dist], varentropy=True)[0]
+            return self._score(source, torch.cat(self.states(source, rows)), tokens, [dist], varentropy=True)[0]
 
-    def _probabilities(self, source: Source, rows: Sequence[TraceRow], temperature: float) -> list[Tensor]:
+        return Evidence(
+            case=case, tokens=tokens, ask=ask, mass=mass, expected=expected, spread=spread, facts=self.facts(rows)
+        )
+
+    def _probabilities(self, source: Source, rows: Sequence[TraceRow], temperature: float) -> Iterator[Tensor]:
         """Probabilities [C, V] at a temperature, a chunk of tokens at a time."""
         hidden_TD, head = torch.cat(self.states(source, rows)), self.head(source)
-        chunks = []
         for hidden_CD in hidden_TD.split(rows_at_once(head.vocab_size)):
             logits = torch.empty(len(hidden_CD), head.vocab_size, dtype=head.logits_dtype, device=hidden_CD.device)
-            chunks.append((head.logits_into(hidden_CD, logits) / temperature).softmax(1))
-        return chunks
+            yield (head.logits_into(hidden_CD, logits) / temperature).softmax(1)
 
     def _ask_stamped(
-        self, source: Source, rows: Sequence[TraceRow], tokens: Tokens, dists: Sequence[Distribution]
-    ) -> list[TokenScores]:
+        self, source: Source, rows: Sequence[TraceRow], tokens: Tokens, dists: Sequence[Distribution], *,
+        varentropy: bool = False,
+    ) -> list[TokenScores]:  # fmt: skip
         """Each token under the version stamped on it; tokens of an unknown version under the trainer's weights."""
         parts: dict[str | None, list[TokenScores]] = {}
         labels = [self.versions.get(int(v)) for v in tokens.version_T.tolist()]
         for label in dict.fromkeys(labels):
             own = EXACT if label is None else replace(EXACT, weights=(label, source.weights[1]))  # type: ignore[index]
-            parts[label] = self._score(own, torch.cat(self.states(own, rows)), tokens, dists)
+            parts[label] = self._score(own, torch.cat(self.states(own, rows)), tokens, dists, varentropy=varentropy)
         chosen = []
         for index in range(len(dists)):
-            columns = {
-                f.name: torch.stack([getattr(parts[label][index], f.name)[t] for t, label in enumerate(labels)])
-                for f in fields(TokenScores)
+            found = {label: columns(scores[index]) for label, scores in parts.items()}
+            values = {
+                name: torch.stack([found[label][name][t] for t, label in enumerate(labels)])
+                for name in found[labels[0]]
             }
-            chosen.append(TokenScores(**columns))
+            chosen.append(TokenScores(**values))
         return chosen
 
     def afresh(self, rows: Sequence[TraceRow]) -> list[list[float]]:
@@ -284,6 +298,16 @@ class Scorer:
         difference = sides[0] - sides[1]
         difference = difference[torch.isfinite(difference)]
         return float(difference.square().mean().sqrt()) if len(difference) else float("nan")
+
+
+def columns(scores: TokenScores) -> dict[str, Tensor]:
+    """The tensors of some scores by name, those that were not asked for left out."""
+    return {f.name: value for f in fields(TokenScores) if (value := getattr(scores, f.name)) is not None}
+
+
+def sum_of(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of tensors, one held at a time."""
+    return functools.reduce(operator.add, parts)
 
 
 def _title(source: Source) -> str:

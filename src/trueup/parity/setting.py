@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from trueup.knobs import LimitsConfig
 from trueup.parity.attribution import Attributor
 from trueup.parity.compare import Residual, residual
-from trueup.parity.evidence import ENGINE, REFERENCE, TRAINER, EngineModel, Evidence
+from trueup.parity.draws import Draws, is_top, judge_draws, not_judged, origin_of
+from trueup.parity.evidence import ENGINE, EXACT, REFERENCE, TRAINER, EngineModel, Evidence
 from trueup.parity.findings import Attribution
 from trueup.parity.floor import Floor, Judgement, judge, predict
 from trueup.parity.grouping import Setting, halves
 from trueup.parity.hypotheses import all_hypotheses
 from trueup.parity.invariants import INVARIANTS, broken_invariants, positive_logprobs, well_formed
 from trueup.parity.logged_trainer import describe, rows_with_trainer
+from trueup.parity.marks import at_edge, fillers, without
 from trueup.parity.replicas import divide
 from trueup.parity.report import TRIED, Cause, Points, SettingReport
 from trueup.parity.scorer import Scorer
@@ -68,6 +71,43 @@ class Judged:
     note: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """Rows next to the trainer's numbers: what is off, before anybody asks why.
+
+    `outside` counts tokens outside any kept set that rounding allows, `positive` logprobs above 0; `edge_T` marks
+    tokens that are not scored because rounding at the edge of a kept set decides them.
+    """
+
+    rows: tuple[TraceRow, ...]
+    evidence: Evidence
+    base: EngineModel
+    now: Residual
+    floor: Floor
+    verdict: Judgement
+    outside: int
+    edge_T: Tensor
+    positive: int
+    enough: bool
+
+    @property
+    def reasons(self) -> list[str]:
+        """Everything that is beyond its limit."""
+        found = [*self.verdict.reasons]
+        if self.outside:
+            found.append(
+                f"{self.outside} tokens lie outside the trainer's kept set, farther than rounding moves its edge"
+            )
+        if self.positive:
+            found.append(f"{self.positive} logprobs are above 0")
+        return found
+
+    @property
+    def mismatch(self) -> bool:
+        """Whether there is a gap to explain, on enough tokens."""
+        return self.enough and bool(self.reasons)
+
+
 class SettingJudge:
     """Judges settings against one scorer."""
 
@@ -84,7 +124,15 @@ class SettingJudge:
             f"trainer ({scorer.trainer.title()}) and engine ({scorer.engine.title()}) against "
             f"{scorer.reference.title()}, taken as independent"
         )
-        return predict(trainer, engine, reference, basis=basis, min_floor=self.limits.min_floor)
+        return predict(
+            trainer,
+            engine,
+            reference,
+            row_T=evidence.tokens.row_T,
+            basis=basis,
+            min_floor=self.limits.min_floor,
+            lines=evidence.tokens.lines,
+        )
 
     def judge(
         self, setting: Setting, *, given: Attribution | None = None, excluded: frozenset[str] = frozenset()
@@ -94,7 +142,6 @@ class SettingJudge:
         `given` is what another setting has shown of the engine's weights and arithmetic; causes in `excluded` were
         shown not to be there.
         """
-        scorer = self.scorer
         broken = [
             Cause(
                 id=b.id, layer=b.layer, title=b.title, confidence="high", explained=None, fix=b.fix, evidence=b.detail
@@ -105,9 +152,6 @@ class SettingJudge:
         if not rows:
             verdict_now = "mismatch" if broken else "inconclusive"
             return Judged(report=_empty(setting, verdict_now, "no row could be compared", tuple(broken)), found=None)
-        evidence = scorer.evidence(setting.case, rows)
-        base = EngineModel(dist=setting.case.trainer_distribution)
-        now = residual(evidence, base)
         floors: dict[object, Floor] = {}
 
         def floor_of(model: EngineModel) -> Floor:
@@ -115,81 +159,152 @@ class SettingJudge:
                 floors[model.dist] = self.floor(setting, model)
             return floors[model.dist]
 
-        verdict = judge(now.residual_T.masked_fill(~now.usable_T, torch.nan), now.row_T, floor_of(base), self.limits)
-        wrong_edges = now.edge_share > self.limits.edge_share
-        positive = positive_logprobs(rows)
-        judged = verdict.tokens + int(now.edge_T.sum())
-        enough = verdict.enough or (wrong_edges and judged >= self.limits.min_tokens)
-        mismatch = enough and (bool(verdict.reasons) or wrong_edges or positive > 0)
+        seen, filler, nothing_else = self._look_past_fillers(setting, rows, floor_of)
+        broken += [filler] if filler is not None else []
         logged = rows_with_trainer(rows)
-        note = describe(scorer.evidence(setting.case, logged), logged, floor_of(base).rms) if logged else None
-        divided = divide(rows, now, floor_of(base), self.limits) if mismatch else None
+        note = describe(self.scorer.evidence(setting.case, logged), logged, seen.floor.rms) if logged else None
+        if nothing_else:
+            why = "every logprob is a filler: none was recorded"
+            return Judged(report=_empty(setting, "mismatch", why, tuple(broken)), found=None, note=note)
+        divided = divide(seen.rows, seen.now, seen.floor, self.limits) if seen.mismatch else None
         if divided is not None:  # the good replicas have nothing to explain
             broken = [divided.cause(), *broken]
-            odd = [r for r in rows if r.replica in divided.bad]
-        first, second = halves(rows if divided is None else odd)
-        small = scorer.evidence(setting.case, screen(first, evidence, now))
-        fit = replace(scorer.evidence(setting.case, first), whole=evidence, screen=replace(small, whole=evidence))
-        held = replace(scorer.evidence(setting.case, second), whole=evidence) if len(rows) > 1 else fit
-        if not mismatch:  # nothing to explain: what would have shown is tried on a part
-            fit = held = replace(small, whole=evidence)
+        odd = [r for r in seen.rows if divided is None or r.replica in divided.bad]
+        found = self._search(setting, seen, odd, floor_of, given=given, excluded=excluded)
+        causes = [*broken, *_causes(found)] if seen.mismatch else broken
+        draws, drawn_wrong = self._draws(seen, found)
+        causes += [drawn_wrong] if drawn_wrong is not None else []
+        return Judged(report=self._report(setting, seen, found, causes, draws), found=found, note=note)
+
+    def _look(self, setting: Setting, rows: Sequence[TraceRow], floor_of: Callable[[EngineModel], Floor]) -> Seen:
+        """Compare rows with the trainer; tokens at the edge of a kept set are counted and left out."""
+        evidence = self.scorer.evidence(setting.case, rows)
+        base = EngineModel(dist=setting.case.trainer_distribution)
+        now, floor = residual(evidence, base), floor_of(base)
+
+        def judged(excused_T: Tensor) -> Judgement:
+            r_T = now.residual_T.masked_fill(~now.usable_T | excused_T, torch.nan)
+            return judge(r_T, now.row_T, floor, self.limits, lines=evidence.tokens.lines)
+
+        verdict = judged(torch.zeros_like(now.usable_T))
+        excused_T = at_edge(evidence, now, noise_rms=floor.rms, token_limit=verdict.token_limit)
+        if float(excused_T.double().mean()) > self.limits.edge_share:
+            excused_T = torch.zeros_like(excused_T)
+        elif bool(excused_T.any()):
+            verdict = judged(excused_T)
+        far_T = now.usable_T & ~excused_T & (now.residual_T.abs() > verdict.token_limit)
+        outside = int((now.edge_T & ~excused_T).sum())
+        return Seen(
+            rows=tuple(rows), evidence=replace(evidence, suspects_T=far_T), base=base, now=now, floor=floor,
+            verdict=verdict, outside=outside, edge_T=now.edge_T | excused_T, positive=positive_logprobs(rows),
+            enough=verdict.tokens + int(now.edge_T.sum()) >= self.limits.min_tokens,
+        )  # fmt: skip
+
+    def _look_past_fillers(
+        self, setting: Setting, rows: Sequence[TraceRow], floor_of: Callable[[EngineModel], Floor]
+    ) -> tuple[Seen, Cause | None, bool]:
+        """Compare; where numbers were filled in, name that, and compare what is left, if anything is.
+
+        A value that could be a logprob counts as a filler only if everything else then fits.
+        """
+        seen = self._look(setting, rows, floor_of)
+        assert seen.evidence.suspects_T is not None
+        found = fillers(seen.evidence, seen.now, seen.evidence.suspects_T)
+        if found is None:
+            return seen, None, False
+        rest = self._look(setting, without(rows, seen.evidence, found.at_T), floor_of)
+        whole = set(seen.evidence.tokens.engine_T.tolist()) <= set(found.counts)
+        if whole and bool(is_top(seen.evidence.scores(EXACT, seen.base.dist)).all()):
+            return seen, None, False  # a greedy engine's own numbers are all 0: its draws are what is wrong
+        if not (whole or found.certain or not rest.reasons):
+            return seen, None, False
+        return rest, found.cause(seen.evidence, seen.now), whole
+
+    def _search(
+        self, setting: Setting, seen: Seen, odd: Sequence[TraceRow], floor_of: Callable[[EngineModel], Floor], *,
+        given: Attribution | None, excluded: frozenset[str],
+    ) -> Attribution:  # fmt: skip
+        """Look for causes on one half of the rows that are off, and judge them on the other."""
+        scorer, whole = self.scorer, seen.evidence
+        first, second = halves(odd)
+        small = scorer.evidence(setting.case, screen(first, whole, seen.now))
+        fit = replace(scorer.evidence(setting.case, first), whole=whole, screen=replace(small, whole=whole))
+        held = replace(scorer.evidence(setting.case, second), whole=whole) if len(seen.rows) > 1 else fit
+        if not seen.mismatch:  # nothing to explain: what would have shown is tried on a part
+            fit = held = replace(small, whole=whole)
         hypotheses = [h for h in all_hypotheses() if h.id not in excluded]
-        found = Attributor(
+        return Attributor(
             fit=fit, held=held, hypotheses=hypotheses, floor_of=floor_of, limits=self.limits, deadline=self.deadline
-        ).run(mismatch=mismatch, given=given)
-        causes = [*broken, *_causes(found)] if mismatch else broken
-        reasons = [*verdict.reasons]
-        if wrong_edges:
-            reasons.append(f"{now.edge_share:.1%} of tokens lie outside the trainer's kept set")
-        if positive:
-            reasons.append(f"{positive} logprobs are above 0")
-        report = self._report(setting, evidence, base, verdict, floor_of(base), found, causes, reasons, enough)
-        return Judged(report=report, found=found, note=note)
+        ).run(mismatch=seen.mismatch, given=given)
+
+    def _draws(self, seen: Seen, found: Attribution) -> tuple[Draws, Cause | None]:
+        """Judge the tokens as draws, from the distribution that explains their numbers."""
+        case = seen.evidence.case
+        if not case.drawn:
+            return not_judged("these tokens are judged as draws elsewhere"), None
+        if case.unmodelled:
+            return not_judged(f"{', '.join(case.unmodelled)} changes the distribution and is not modelled"), None
+        if found.model.bias is not None or found.model.allowed:
+            return not_judged("the engine changes single logits"), None
+        redrawn = any(f.hypothesis.redraws for f in found.findings)
+        model = EngineModel(
+            dist=found.model.dist if redrawn else case.processed,
+            source=EXACT if found.model.source.plain else found.model.source,
+        )
+        draws = judge_draws(
+            seen.evidence, model, self.limits, noise_rms=seen.floor.rms, token_limit=seen.verdict.token_limit
+        )
+        if seen.mismatch and not (found.findings and found.judgement.within):
+            said = "fit the declared distribution" if draws.verdict == "agree" else "do not fit it either"
+            return replace(draws, verdict="not judged", why=f"the numbers are unexplained; the draws {said}"), None
+        return draws, origin_of(seen.evidence, draws, model) if draws.verdict == "mismatch" else None
 
     def _report(
-        self, setting: Setting, evidence: Evidence, base: EngineModel, verdict: Judgement,
-        floor: Floor, found: Attribution, causes: list[Cause], reasons: list[str], enough: bool,
-    ) -> SettingReport:  # fmt: skip
-        now = residual(evidence, base)
-        outcome = "mismatch" if causes or (reasons and enough) else "agree"
-        why = "; ".join(reasons) or "within the predicted floor"
-        if outcome == "agree" and not enough:
-            outcome, why = (
-                "inconclusive",
-                f"{verdict.tokens} tokens are too few ({self.limits.min_tokens} needed)",
-            )
+        self, setting: Setting, seen: Seen, found: Attribution, causes: list[Cause], draws: Draws
+    ) -> SettingReport:
+        evidence, verdict, now, limits = seen.evidence, seen.verdict, seen.now, self.limits
+        outcome = "mismatch" if causes or seen.mismatch else "agree"
+        why = "; ".join([*seen.reasons, *([draws.why] if draws.verdict == "mismatch" else [])])
+        why = why or "within the predicted floor"
+        if outcome == "agree" and not seen.enough:
+            outcome, why = "inconclusive", f"{verdict.tokens} tokens are too few ({limits.min_tokens} needed)"
         unmodelled = setting.case.unmodelled
         untested = dict(found.unseeable)
         if unmodelled:
             untested["S6"] = f"{', '.join(unmodelled)} changes the distribution and is not modelled"
             if outcome == "mismatch" and not causes:
                 outcome, why = "inconclusive", f"{untested['S6']}: {why}"
-        ruled_out = [*found.ruled_out, *(i for i in INVARIANTS if i not in {c.id for c in causes})]
+        named = {c.id for c in causes}
+        ruled_out = [*found.ruled_out, *(i for i in INVARIANTS if i not in named)]
         if outcome == "inconclusive":
             ruled_out = []
         elif outcome == "mismatch" and not causes:  # a weak or a combined form of any of them may be behind it
             untested |= dict.fromkeys(found.ruled_out, TRIED)
             ruled_out = list(INVARIANTS)
+        if draws.verdict == "agree" and outcome == "agree":
+            ruled_out.append("S13")
+        elif draws.verdict == "not judged" and setting.case.drawn:
+            untested["S13"] = draws.why
         label = setting.case.label()
         scores = evidence.scores(TRAINER, setting.case.processed)
         fixed, unexplained = None, None
-        if outcome == "mismatch":
+        if outcome == "mismatch" and seen.mismatch:
             left = residual(evidence, found.model)
             if found.findings:
                 fixed = _gap(left.residual_T, left.usable_T, evidence) | {"floor_rms": found.floor.rms}
-            unexplained = _unexplained(found)
+            unexplained = _unexplained(found, self._left(left, found, evidence) if found.findings else verdict)
+        noise = self.scorer.batch_shape_noise(usable_rows(setting)[:NOISE_ROWS], setting.case)
         return SettingReport(
             label=label,
             verdict=outcome,
             why=why,
             rows=len(setting.rows),
             tokens=verdict.tokens,
-            edge_tokens=_edges(evidence, now.edge_T),
+            edge_tokens=_edges(evidence, seen.edge_T),
             singleton_tokens=int((scores.kept_T == 1).sum()),
             gap=_gap(now.residual_T, now.usable_T, evidence),
             fixed=fixed,
-            noise_floor=floor.as_dict()
-            | {"batch_shape_rms": self.scorer.batch_shape_noise(usable_rows(setting)[:NOISE_ROWS], setting.case)},
+            noise_floor=seen.floor.as_dict() | {"batch_shape_rms": noise},
             judgement={n: getattr(verdict, n) for n in verdict.__dataclass_fields__},
             causes=tuple(replace(c, settings=(label,)) for c in causes),
             unexplained=unexplained,
@@ -197,8 +312,14 @@ class SettingJudge:
             ruled_out=tuple(ruled_out),
             untested=untested,
             kept_mass=float(scores.log_kept_mass_T.double().exp().mean()) if setting.case.processed.truncates else None,
+            draws=draws.as_dict(),
             points=_points(evidence, now),
         )
+
+    def _left(self, left: Residual, found: Attribution, evidence: Evidence) -> Judgement:
+        """What the causes leave, over all rows: a gap in the fitting half counts as well."""
+        r_T = left.residual_T.masked_fill(~left.usable_T, torch.nan)
+        return judge(r_T, left.row_T, found.floor, self.limits, lines=evidence.tokens.lines)
 
 
 def _gap(residual_T: torch.Tensor, usable_T: torch.Tensor, evidence: Evidence) -> dict[str, object]:
@@ -227,9 +348,8 @@ def _causes(found: Attribution) -> list[Cause]:
     ]  # fmt: skip
 
 
-def _unexplained(found: Attribution) -> dict[str, object] | None:
+def _unexplained(found: Attribution, left: Judgement) -> dict[str, object] | None:
     """What is left after the causes, and in whose layer it must be looked for."""
-    left = found.judgement
     if not left.reasons:
         return None
     numeric = left.rms < 10 * found.floor.rms

@@ -44,7 +44,7 @@ def judge_logged(
         return None
     bench.scorer.batched = rows
     try:
-        own = replace(setting, rows=tuple(rows), case=replace(setting.case, tag=setting.case.tag + TAG))
+        own = replace(setting, rows=tuple(rows), case=replace(setting.case, tag=setting.case.tag + TAG, drawn=False))
         return bench.judge(own, excluded=excluded).report
     finally:
         bench.scorer.batched = ()

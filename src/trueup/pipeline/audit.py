@@ -254,7 +254,8 @@ def _share(cause: Mapping[str, object]) -> float:
 
 
 def _judged(parts: Components, backend_T: Tensor, floor: Floor, check: _LogCheck) -> Judgement:
-    return judge(backend_T.masked_fill(~parts.usable_T, math.nan), parts.row_T, floor, check.bench.limits)
+    rows = range(int(parts.row_T.max()) + 1)
+    return judge(backend_T.masked_fill(~parts.usable_T, math.nan), parts.row_T, floor, check.bench.limits, lines=rows)
 
 
 class _LogCheck:
@@ -272,7 +273,9 @@ class _LogCheck:
         self.bench = Workbench.of(check, lambda message: None)
         info = EngineInfo(name=rollouts[0].engine, flags={"dtype": train.dtype, "head_dtype": train.head})
         rows = tuple(
-            _row(line, r, version, info) for line, r in enumerate(pure or rollouts) if r.weight_versions[0] == version
+            _row(at, r, version, info)
+            for at, r in enumerate(rollouts)
+            if (r in pure or not pure) and r.weight_versions[0] == version
         )
         self.bench.set_precision(rows)
         trace = Trace(path=auditor.run, rows=rows, problems=())

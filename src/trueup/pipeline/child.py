@@ -17,10 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from trueup.env import child_environment
 from trueup.errors import TrainingError, TrueupError
-from trueup.monitor.rundir import config_of
-from trueup.pipeline.cores import waiting
 
 ANSWER = "TRUEUP "
 """Before each line of ours, whatever else a library prints there."""
@@ -42,7 +39,6 @@ class ChildProcess:
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, str(run)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, start_new_session=True,
-            env=child_environment(waiting(config_of(run))),
         )  # fmt: skip
         self._buffer = b""
         self._ready: dict[str, Any] | None = None

@@ -15,10 +15,8 @@ from trueup.engines.embedded.serve import read_or_make_token
 from trueup.engines.trueup_http import TrueupEngine
 from trueup.engines.vllm_server import VllmServer
 from trueup.engines.vllm_v1 import VllmEngine
-from trueup.env import child_environment
 from trueup.errors import EngineError
 from trueup.knobs import Config, VllmConfig
-from trueup.pipeline.cores import waiting
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 20.0
@@ -76,7 +74,7 @@ class EmbeddedProcess:
         with log:
             self._process = subprocess.Popen(
                 self._command(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-                start_new_session=True, env=child_environment(waiting(self._config)),
+                start_new_session=True,
             )  # fmt: skip
         self.url = self._address(time.monotonic() + START_TIMEOUT_S)
         return TrueupEngine(self.url, token=token)

@@ -61,13 +61,17 @@ def pad_to_tiles(rows_T: Tensor) -> Tensor:
 
 
 def _stream(
-    hidden_TD: Tensor, head: Head, targets_T: Tensor, dists: Sequence[Distribution], seen: SeenTokens | None
-) -> list[ScoredRows]:
+    hidden_TD: Tensor, head: Head, targets_T: Tensor, dists: Sequence[Distribution], seen: SeenTokens | None,
+    varentropy: bool = False,
+) -> list[ScoredRows]:  # fmt: skip
     """Score under distributions without a kept set: vocabulary blocks outside, token chunks inside."""
     total = len(targets_T)
     hidden_TD = hidden_TD.to(head.matmul_dtype)
     firsts = range(0, total, STREAM_TOKENS)
-    reducers = [[Reducer(targets_T[f : f + STREAM_TOKENS], dist, head, None) for f in firsts] for dist in dists]
+    reducers = [
+        [Reducer(targets_T[f : f + STREAM_TOKENS], dist, head, None, varentropy=varentropy) for f in firsts]
+        for dist in dists
+    ]
     shape = (min(total, STREAM_TOKENS), min(head.vocab_size, STREAM_BLOCK))
     logits = torch.empty(shape, dtype=head.logits_dtype, device=hidden_TD.device)
     scratch = torch.empty_like(logits)
@@ -84,8 +88,9 @@ def _stream(
 
 
 def _rows(
-    hidden_TD: Tensor, head: Head, targets_T: Tensor, dists: Sequence[Distribution], seen: SeenTokens | None
-) -> list[ScoredRows]:
+    hidden_TD: Tensor, head: Head, targets_T: Tensor, dists: Sequence[Distribution], seen: SeenTokens | None,
+    varentropy: bool = False,
+) -> list[ScoredRows]:  # fmt: skip
     """Score under distributions with a kept set, which need a token's whole row of logits at once."""
     parts: list[list[ScoredRows]] = [[] for _ in dists]
     total, vocab = len(targets_T), head.vocab_size
@@ -99,7 +104,8 @@ def _rows(
         for part, dist in zip(parts, dists, strict=True):
             with penalised(logits_CV, dist, seen, (first, 0)):
                 ranked_CK = ranked(logits_CV) if dist.penalises or plain_CK is None else plain_CK
-                reducer = Reducer(targets_C, dist, head, kept_cut(logits_CV, ranked_CK, dist))
+                cut_C = kept_cut(logits_CV, ranked_CK, dist)
+                reducer = Reducer(targets_C, dist, head, cut_C, varentropy=varentropy)
                 for start in range(0, vocab, STREAM_BLOCK):
                     block_CB = logits_CV[:, start : start + STREAM_BLOCK]
                     reducer.update(block_CB, start, scratch[: len(targets_C), : block_CB.shape[1]])
@@ -108,8 +114,9 @@ def _rows(
 
 
 def _score_all(
-    hidden_TD: Tensor, head: Head, targets_T: Tensor, dists: Sequence[Distribution], seen: SeenTokens | None
-) -> list[ScoredRows]:
+    hidden_TD: Tensor, head: Head, targets_T: Tensor, dists: Sequence[Distribution], seen: SeenTokens | None,
+    varentropy: bool = False,
+) -> list[ScoredRows]:  # fmt: skip
     count = len(targets_T)
     if head.tiled:
         hidden_TD, targets_T = pad_to_tiles(hidden_TD), pad_to_tiles(targets_T)
@@ -117,7 +124,7 @@ def _score_all(
     for truncates, score in ((False, _stream), (True, _rows)):
         kind = [d for d in dict.fromkeys(dists) if d.truncates == truncates]
         if kind:
-            scored.update(zip(kind, score(hidden_TD, head, targets_T, kind, seen), strict=True))
+            scored.update(zip(kind, score(hidden_TD, head, targets_T, kind, seen, varentropy), strict=True))
     return [scored[d].first(count) for d in dists]
 
 
@@ -261,10 +268,12 @@ def token_scores_under(
     *,
     dists: Sequence[Distribution],
     history: History | None = None,
+    varentropy: bool = False,
 ) -> list[TokenScores]:
     """Score the same tokens under many distributions from one pass over the logits, without gradient.
 
     Each result equals `token_scores` under that distribution bit for bit; arguments and errors are the same.
+    `varentropy` asks for the variance of -log p as well.
     """
     _check(hidden_TD, head, targets_T)
-    return list(_score_all(hidden_TD, head, targets_T, dists, _seen(history, targets_T, dists)))
+    return list(_score_all(hidden_TD, head, targets_T, dists, _seen(history, targets_T, dists), varentropy))

@@ -28,7 +28,8 @@ class TokenScores:
 
     `logprobs_T` is -inf where the token is outside the kept set: count those, never fill them in. `entropy_T` is of
     the same (kept, renormalised) distribution; `log_kept_mass_T` is log S <= 0, S the tempered mass of the kept set;
-    `kept_T` counts kept tokens; `top_logprobs_T` is the most likely token's logprob.
+    `kept_T` counts kept tokens; `top_logprobs_T` is the most likely token's logprob. `varentropy_T` is the variance of
+    -log p under the same distribution, in nats squared; None unless it was asked for.
     """
 
     logprobs_T: Tensor
@@ -36,6 +37,7 @@ class TokenScores:
     log_kept_mass_T: Tensor
     kept_T: Tensor
     top_logprobs_T: Tensor
+    varentropy_T: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,8 @@ class ScoredRows(TokenScores):
         """Return the scores of the first `count` tokens (the rest fills up a tile)."""
         if count == len(self.logprobs_T):
             return self
-        return ScoredRows(**{f.name: getattr(self, f.name)[:count] for f in fields(self)})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return ScoredRows(**{name: value[:count] for name, value in values.items() if value is not None})
 
 
 class Reducer:
@@ -60,9 +63,11 @@ class Reducer:
     """
 
     def __init__(
-        self, targets_C: Tensor, dist: Distribution, head: Head, cut_C: Tensor | None, *, entropy: bool = True
-    ) -> None:
-        self.entropy = entropy
+        self, targets_C: Tensor, dist: Distribution, head: Head, cut_C: Tensor | None, *, entropy: bool = True,
+        varentropy: bool = False,
+    ) -> None:  # fmt: skip
+        """`varentropy` needs `entropy`."""
+        self.entropy, self.varentropy = entropy, varentropy
         self.passed: list[tuple[Tensor, Tensor]] = []
         dtype = head.logits_dtype
         self.masked = head.bias_V is not None  # a bias may mask padded vocabulary with -inf
@@ -74,13 +79,15 @@ class Reducer:
         self.inverse_temperature = 1 / dist.temperature
         self.top_C = torch.full_like(zeros(), torch.finfo(dtype).min)
         self.dropped_C = torch.full_like(zeros(), -torch.inf)
-        self.sum_C, self.moment_C, self.chosen_C, self.full_C, self.kept_C = (zeros() for _ in range(5))
+        self.sum_C, self.moment_C, self.square_C, self.chosen_C, self.full_C, self.kept_C = (zeros() for _ in range(6))
 
     def update(self, logits_CB: Tensor, start: int, scratch_CB: Tensor) -> None:
         """Add vocabulary entries start.. ; `scratch_CB` is overwritten."""
         top_C = torch.maximum(self.top_C, logits_CB.amax(1))
         drop_C = ((self.top_C - top_C) * self.inverse_temperature).clamp_min(FAR_BELOW)
         rescale_C = drop_C.exp()
+        if self.varentropy:
+            self.square_C = (self.square_C + drop_C * (2 * self.moment_C + drop_C * self.sum_C)) * rescale_C
         if self.entropy:
             self.moment_C = (self.moment_C + self.sum_C * drop_C) * rescale_C
         shifted_CB = torch.sub(logits_CB, top_C[:, None], out=scratch_CB)
@@ -97,6 +104,8 @@ class Reducer:
             dropped_C = logits_CB.masked_fill(inside_CB, -torch.inf).amax(1)
             self.dropped_C = torch.maximum(self.dropped_C, dropped_C)
         self.sum_C = self.sum_C * rescale_C + weight_CB.sum(1)
+        if self.varentropy:
+            self.square_C += (shifted_CB.square() * weight_CB).sum(1)
         if self.entropy:
             self.moment_C += shifted_CB.mul_(weight_CB).sum(1)
         self.top_C = top_C
@@ -127,6 +136,9 @@ class Reducer:
             kept_T=(self.kept_C if self.cut_C is not None else torch.full_like(self.kept_C, vocab_size)).long(),
             top_logprobs_T=-log_sum_C,
             lse_T=self.top_C * self.inverse_temperature + log_sum_C,
+            varentropy_T=(self.square_C / self.sum_C - (self.moment_C / self.sum_C).square()).clamp_min(0)
+            if self.varentropy
+            else None,
             # Halfway to the best dropped token: the backward pass's logits may differ in their last bits.
             cut_T=(cut_C + self.dropped_C) / 2,
         )
@@ -134,7 +146,7 @@ class Reducer:
 
 def concatenate(parts: Sequence[ScoredRows]) -> ScoredRows:
     """Join chunks of tokens. Raises NumericsError when a row of logits was not finite."""
-    names = ("logprobs_T", "entropy_T", "log_kept_mass_T", "kept_T", "top_logprobs_T", "lse_T", "cut_T")
+    names = [f.name for f in fields(ScoredRows) if getattr(parts[0], f.name) is not None]
     rows = ScoredRows(**{name: torch.cat([getattr(p, name) for p in parts]) for name in names})
     if bool(torch.isnan(rows.lse_T).any()) or bool(torch.isinf(rows.lse_T).any()):
         raise NumericsError("logits are not finite: the head weight or bias holds NaN or infinity")

@@ -1,0 +1,262 @@
+"""Were the tokens drawn from the distribution that is declared? The numbers reported beside them cannot say.
+
+An engine that takes the most likely token and reports that token's right logprob has a policy ratio of exactly 1, an
+effective sample size of 1, and does not explore: the worst case for training, invisible in every gap.
+
+Four statistics are held against what the trainer's own distributions predict: the surprise of all tokens, how many of
+them are the most likely token, the same of first tokens alone, and beginnings that completions of one prompt share.
+
+Shapes: T completion tokens. Entropies are in nats, varentropies in nats squared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor
+
+from trueup.knobs import LimitsConfig
+from trueup.parity.evidence import EngineModel, Evidence, Source
+from trueup.parity.floor import normal_quantile
+from trueup.parity.report import Cause
+from trueup.policy.logprobs import TokenScores
+from trueup.policy.processing import Distribution
+
+TEMPERATURES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.5, 1.75, 2.0)
+FILTERS: dict[str, tuple[float, ...]] = {
+    "top_p": (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0),
+    "top_k": (0, 1, 2, 5, 10, 20, 40, 50, 100),
+    "min_p": (0.0, 0.02, 0.05, 0.1, 0.2),
+}
+"""What draws are compared with to say where they may come from."""
+LIKELIER_NATS = 7.0
+"""Another distribution is named if it makes the tokens a thousand times likelier."""
+IMPOSSIBLE_NATS = 25.0
+NEARLY_ALL = 0.97
+STATISTICS = 4
+SKEW = 1.2
+"""The surprise of a token is skewed: a sum of few dozen leaves the range of a normal one more often than it should."""
+SAME_NATS = 1e-6
+MAX_COMPARED = 64
+"""Completions of a prompt that each further one is compared with."""
+EXACT_COUNT = 512
+"""Up to so many tokens the number of most likely ones is judged exactly, beyond that as a normal number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """How the tokens of a setting were drawn. `verdict`: "agree", "mismatch", or "not judged" with `why`.
+
+    `surprise_z` is sum(-log p - H) / sqrt(sum Var(-log p)), 0 on average and 1 in spread for an honest engine; negative
+    for draws that are colder than declared. `top_tokens` counts tokens that are the most likely ones, where
+    `top_expected` were expected; `first_top` and `first_expected` do so for the first token of each completion.
+    `copies` counts completions that repeat another one of the same prompt: they are left out of the rest.
+    """
+
+    verdict: str
+    why: str
+    tokens: int = 0
+    surprise_z: float = math.nan
+    top_tokens: int = 0
+    top_expected: float = math.nan
+    first_tokens: int = 0
+    first_top: int = 0
+    first_expected: float = math.nan
+    copies: int = 0
+    shared_seed: bool = False
+
+    def as_dict(self) -> dict[str, object]:
+        """Return plain values for JSON."""
+        return asdict(self)
+
+
+def not_judged(why: str) -> Draws:
+    """Draws about which nothing is said."""
+    return Draws(verdict="not judged", why=why)
+
+
+def judge_draws(
+    evidence: Evidence, model: EngineModel, limits: LimitsConfig, *, noise_rms: float, token_limit: float
+) -> Draws:
+    """Judge the evidence's tokens as draws from a model of the engine.
+
+    `noise_rms` is the noise floor in nats: the engine draws from its own rounding of the distribution, which moves the
+    expected surprise by half of its square. `token_limit` is how far rounding may move a logprob.
+    """
+    tokens = evidence.tokens
+    fresh_T, copies, shared = _independent(evidence, model, limits)
+    scores = evidence.spread(model.source, model.dist)
+    top_T = is_top(scores)
+    if evidence.case.sampling.temperature == 0:
+        near_T = is_top(scores, token_limit)[fresh_T]
+        wrong = int((~near_T).sum())
+        why = f"temperature 0 was declared, yet {wrong} of {len(near_T)} tokens are not the most likely one"
+        return Draws(
+            verdict="mismatch" if wrong else "agree", why=why if wrong else "the most likely token each time",
+            tokens=len(near_T), top_tokens=int(near_T.sum()), top_expected=float(len(near_T)),
+        )  # fmt: skip
+    assert scores.varentropy_T is not None
+    usable_T = fresh_T & torch.isfinite(scores.logprobs_T)
+    count = int(usable_T.sum())
+    if count < limits.min_tokens and not shared:
+        return not_judged(f"{count} independent tokens are too few ({limits.min_tokens} needed)")
+    rate = limits.false_alarm_rate / STATISTICS
+    z = _surprise(scores, usable_T, slack=count * noise_rms**2)
+    top_T, first_T = top_T[usable_T], (tokens.position_T == 0)[usable_T]
+    chance_T = scores.top_logprobs_T.double().exp()[usable_T]
+    reasons = []
+    if abs(z) > SKEW * normal_quantile(rate / 2):
+        reasons.append(f"the tokens are {'less' if z < 0 else 'more'} surprising than their distribution (z {z:+.1f})")
+    for name, of_T in (("", torch.ones_like(first_T)), ("first ", first_T)):
+        seen, expected = int(top_T[of_T].sum()), float(chance_T[of_T].sum())
+        if bool(of_T.any()) and top_count_chance(chance_T[of_T], seen) < rate:
+            reasons.append(
+                f"{seen} of {int(of_T.sum())} {name}tokens are the most likely one, where {expected:.0f} were expected"
+            )
+    if shared:
+        reasons.append(f"completions of one prompt begin alike, which chance rules out ({copies} are whole copies)")
+    return Draws(
+        verdict="mismatch" if reasons else "agree", why="; ".join(reasons) or "as the distribution says",
+        tokens=count, surprise_z=z, top_tokens=int(top_T.sum()), top_expected=float(chance_T.sum()),
+        first_tokens=int(first_T.sum()), first_top=int(top_T[first_T].sum()),
+        first_expected=float(chance_T[first_T].sum()), copies=copies, shared_seed=shared,
+    )  # fmt: skip
+
+
+def is_top(scores: TokenScores, within_nats: float = SAME_NATS) -> Tensor:
+    """True where the chosen token is the most likely one, or as likely as that within so many nats, [T]."""
+    return scores.logprobs_T >= scores.top_logprobs_T - within_nats
+
+
+def _surprise(scores: TokenScores, usable_T: Tensor, *, slack: float) -> float:
+    """The surprise of the usable tokens in standard deviations; `slack` nats of it are not counted."""
+    assert scores.varentropy_T is not None
+    offset = float((-scores.logprobs_T - scores.entropy_T).double()[usable_T].sum())
+    spread = math.sqrt(float(scores.varentropy_T.double()[usable_T].sum()))
+    return math.copysign(max(0.0, abs(offset) - slack), offset) / spread if spread > 0 else 0.0
+
+
+def top_count_chance(chance_T: Tensor, seen: int) -> float:
+    """Probability of as many most likely tokens as were seen, or of any number that is farther out on that side.
+
+    The number of successes in independent trials with probabilities `chance_T` is Poisson binomial; its distribution is
+    built up trial by trial. For many trials it is taken as normal.
+    """
+    chance_T = chance_T.clamp(0, 1)
+    if len(chance_T) > EXACT_COUNT:
+        spread = math.sqrt(float((chance_T * (1 - chance_T)).sum()))
+        z = (abs(seen - float(chance_T.sum())) - 0.5) / max(spread, 1e-12)
+        return math.erfc(z / math.sqrt(2)) / 2 if z > 0 else 0.5
+    mass = torch.zeros(len(chance_T) + 1, dtype=torch.float64)
+    mass[0] = 1.0
+    for chance in chance_T.tolist():
+        mass[1:] = mass[1:] * (1 - chance) + mass[:-1] * chance
+        mass[0] *= 1 - chance
+    return min(float(mass[seen:].sum()), float(mass[: seen + 1].sum()))
+
+
+def _independent(evidence: Evidence, model: EngineModel, limits: LimitsConfig) -> tuple[Tensor, int, bool]:
+    """(tokens of completions that do not repeat another one [T], copies, whether chance rules shared beginnings out).
+
+    Two completions of a prompt share a given beginning with its own probability, so that the chance of any shared
+    beginning as unlikely as p, among n pairs, is at most n p.
+    """
+    tokens = evidence.tokens
+    counts = torch.bincount(tokens.row_T, minlength=len(tokens.prompts)).tolist()
+    logprobs_T = evidence.scores(model.source, model.dist).logprobs_T.double()
+    seen: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+    fresh: list[bool] = []
+    copies, pairs, least_likely = 0, 0, 0.0
+    parts = zip(tokens.prompts, tokens.targets_T.split(counts), logprobs_T.split(counts), strict=True)
+    for prompt, targets, logprobs in parts:
+        ids = tuple(targets.tolist())
+        others = seen.setdefault(tuple(prompt.tolist()), [])
+        fresh += [ids not in others] * len(ids)
+        copies += ids in others
+        for other in others[:MAX_COMPARED]:
+            pairs += 1
+            shared = logprobs[: shared_beginning(ids, other)]
+            least_likely = min(least_likely, float(shared[torch.isfinite(shared)].sum()))
+        others.append(ids)
+    rate = limits.false_alarm_rate / STATISTICS
+    ruled_out = pairs > 0 and least_likely < math.log(rate / pairs) and evidence.case.sampling.temperature > 0
+    return torch.tensor(fresh), copies, ruled_out
+
+
+def shared_beginning(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two completions share from the start."""
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
+
+
+def origin_of(evidence: Evidence, draws: Draws, model: EngineModel) -> Cause:
+    """Name where wrong draws come from: S3 another temperature, S5 a filter that nobody sent, else S13.
+
+    Every other distribution is asked how likely it makes the tokens; the likeliest is named if it is at least
+    LIKELIER_NATS ahead of the declared one.
+    """
+    case, tokens = evidence.case, evidence.tokens
+    if draws.shared_seed:
+        return _cause(
+            "S13", "completions of one prompt were drawn with the same random numbers",
+            "give each sample a seed of its own (no fixed seed beside n > 1 or in every request), and log a row once",
+            draws.why,
+        )  # fmt: skip
+    if draws.tokens and draws.top_tokens >= NEARLY_ALL * draws.tokens and case.sampling.temperature > 0:
+        said = case.sampling.label()
+        evidence_text = (
+            f"{draws.why}; {draws.top_tokens} of {draws.tokens} are: the draws are greedy, though {said} is declared"
+        )
+        left = "temperature" in case.omitted
+        fix = "make the sampler use the request's temperature (do_sample, top_k, --generation-config vllm)"
+        title = "tokens are drawn greedily, though their logprobs are of the declared distribution"
+        return _cause("S5" if left else "S3", title, fix, evidence_text)
+    fresh_T = _independent(evidence, model, LimitsConfig())[0]
+    declared = _likelihood(evidence, model.source, model.dist, fresh_T)
+    offered = _offered(model.dist, case.omitted)
+    evidence.prefetch(model.source, [dist for _, _, dist in offered])
+    ranked = [(_likelihood(evidence, model.source, dist, fresh_T), which, words) for which, words, dist in offered]
+    likelihood, cause_id, words = max(ranked)
+    if likelihood - declared < LIKELIER_NATS:
+        return _cause(
+            "S13", "tokens were not drawn from the distribution that is declared",
+            "compare the sampler with the request: seeds, filters, the first token, speculative acceptance; no "
+            "correction of ratios helps, because the logprobs are right",
+            f"{draws.why}; no other temperature, top-p, top-k or min-p makes the {len(tokens)} tokens likelier",
+        )  # fmt: skip
+    text = (
+        f"{draws.why}; {words} makes the tokens {likelihood - declared:.0f} nats likelier than {case.sampling.label()}"
+    )
+    titles = {
+        "S3": "tokens are drawn at another temperature than the declared one",
+        "S5": "tokens are drawn through a filter that no request set",
+        "S13": "tokens are drawn through another filter than the declared one",
+    }
+    fix = "make the sampler use the request's fields: --generation-config vllm, every field sent explicitly"
+    return _cause(cause_id, titles[cause_id], fix, text)
+
+
+def _cause(cause_id: str, title: str, fix: str, evidence: str) -> Cause:
+    return Cause(
+        id=cause_id, layer="semantic", title=title, confidence="high", explained=None, fix=fix, evidence=evidence
+    )
+
+
+def _offered(dist: Distribution, omitted: Sequence[str]) -> list[tuple[str, str, Distribution]]:
+    """(id, words, distribution) of what tokens may have been drawn from instead."""
+    found = [("S3", f"T'={t:g}", replace(dist, temperature=t)) for t in TEMPERATURES if t != dist.temperature]
+    for name, values in FILTERS.items():
+        cause_id = "S5" if name in omitted else "S13"
+        others = [v for v in values if v != getattr(dist, name)]
+        found += [(cause_id, f"{name}={v:g}", replace(dist, **{name: v})) for v in others]  # type: ignore[arg-type]
+    return found
+
+
+def _likelihood(evidence: Evidence, source: Source, dist: Distribution, fresh_T: Tensor) -> float:
+    """Log-likelihood of independent tokens in nats; a token that the distribution rules out costs IMPOSSIBLE_NATS."""
+    logprobs_T = evidence.scores(source, dist).logprobs_T.double()[fresh_T]
+    return float(logprobs_T.clamp_min(-IMPOSSIBLE_NATS).sum())

@@ -1,0 +1,137 @@
+"""Single tokens that are far off: at the edge of a kept set, or filled in where a number was missing.
+
+Both are told from what stands at the token alone, before any cause is searched for: rounding at an edge is not a fault,
+and a filler says what it is at its first occurrence.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from trueup.parity.compare import Residual
+from trueup.parity.evidence import TRAINER, Evidence, skipped
+from trueup.parity.report import Cause
+from trueup.policy.processing import Distribution
+from trueup.trace import TraceRow
+
+SENTINEL = -900.0
+"""Nothing that a language model samples has a logprob below this: -999 and -9999 are fill values."""
+FILLED_NATS = 1.0
+"""A number is taken for a filler only if it is off by this much, because numbers on a coarse grid repeat as well."""
+ZERO_NATS = 0.1
+"""The same for 0.0, which no grid but the coarsest gives to a token that is not certain."""
+SHOWN = 3
+
+
+def neighbours(dist: Distribution, noise_rms: float) -> list[Distribution]:
+    """Kept sets that rounding may turn this one into: a little wider or narrower in each of its cuts.
+
+    The mass above a token moves by as much as the logprobs do, which is `noise_rms`; min-p compares two logits.
+    """
+    share = max(1e-4, 2 * noise_rms)
+    found = []
+    if dist.top_p < 1:
+        moved = share * min(dist.top_p, 1 - dist.top_p)
+        found += [replace(dist, top_p=min(1.0, dist.top_p + sign * moved)) for sign in (-1, 1)]
+    if dist.top_k:
+        count = 1 if noise_rms < 1e-3 else max(1, dist.top_k // 4)
+        found += [replace(dist, top_k=k) for k in (dist.top_k - count, dist.top_k + count) if k > 0]
+    if dist.min_p:
+        found += [replace(dist, min_p=min(1.0, dist.min_p * (1 + sign * 2 * share))) for sign in (-1, 1)]
+    return found
+
+
+def at_edge(evidence: Evidence, now: Residual, *, noise_rms: float, token_limit: float) -> Tensor:
+    """True for tokens that rounding at the edge of the kept set explains, [T].
+
+    Of those far off: that a neighbouring kept set leaves within `token_limit` nats. Of those outside the kept set: that
+    a neighbouring one holds.
+    """
+    dist = evidence.case.trainer_distribution
+    far_T = now.edge_T | (now.usable_T & (now.residual_T.abs() > token_limit))
+    excused_T = torch.zeros_like(far_T)
+    if not dist.truncates or not bool(far_T.any()):
+        return excused_T
+    around = neighbours(dist, noise_rms)
+    evidence.prefetch(TRAINER, around)
+    for other in around:
+        logprobs_T = evidence.scores(TRAINER, other).logprobs_T.double()
+        near_T = (logprobs_T - evidence.tokens.engine_T).abs() <= token_limit
+        excused_T |= far_T & torch.where(now.edge_T, torch.isfinite(logprobs_T), near_T)
+    return excused_T
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fillers:
+    """Values that stand where numbers were missing, how often each occurs, and the tokens that carry them [T]."""
+
+    counts: dict[float, int]
+    at_T: Tensor
+
+    @property
+    def certain(self) -> bool:
+        """Whether every value is none that any distribution gives: far below all logprobs, or above 0."""
+        return all(value < SENTINEL or value > 0 for value in self.counts)
+
+    def cause(self, evidence: Evidence, now: Residual) -> Cause:
+        """S9, with the first places."""
+        tokens = evidence.tokens
+        first = [
+            f"line {tokens.lines[int(tokens.row_T[t])]} token {int(tokens.position_T[t])}"
+            for t in self.at_T.nonzero()[:SHOWN, 0].tolist()
+        ]
+        values = ", ".join(f"{count} carry exactly {value:g}" for value, count in self.counts.items())
+        off_T = now.residual_T.abs().masked_fill(~now.usable_T, 0.0)
+        return Cause(
+            id="S9", layer="semantic", title="missing logprobs are filled with a constant", confidence="high",
+            explained=float(off_T[self.at_T].sum() / off_T.sum().clamp_min(1e-300)),
+            fix="fail or mask tokens without a logprob; never fill them in",
+            evidence=f"of {len(tokens)} tokens {values}, which their probability rules out (first {', '.join(first)})",
+        )  # fmt: skip
+
+
+def fillers(evidence: Evidence, now: Residual, suspects_T: Tensor) -> Fillers | None:
+    """Find fillers among the tokens that are off by more than rounding; None if there are none.
+
+    A filler is a whole number, or one that occurs more than once. Where only last tokens carry it the token itself was
+    put there (T7), and where only end tokens do, a trainer took them for padding (T8): those are left to the search.
+    """
+    tokens = evidence.tokens
+    counts = Counter(tokens.engine_T[suspects_T].tolist())
+    values = {
+        value: count
+        for value, count in counts.items()
+        if (count > 1 or value == round(value))
+        and float(now.residual_T[suspects_T & (tokens.engine_T == value)].abs().max())
+        > (ZERO_NATS if value == 0 else FILLED_NATS)
+    }
+    if not values:
+        return None
+    at_T = suspects_T & torch.isin(tokens.engine_T, torch.tensor(list(values), dtype=torch.float64))
+    only_last = bool((~at_T | skipped(tokens, "last")).all())
+    ends = torch.isin(tokens.targets_T, torch.tensor(evidence.facts.eos_ids or (-1,)))
+    if (only_last and int(at_T.sum()) > 1) or (evidence.facts.batch_rows and bool((~at_T | ends).all())):
+        return None
+    return Fillers(counts=values, at_T=at_T)
+
+
+def without(rows: Sequence[TraceRow], evidence: Evidence, at_T: Tensor) -> list[TraceRow]:
+    """The rows with NaN in place of the logprobs that are marked."""
+    counts = [len(r.completion_token_ids) for r in rows]
+    marked = zip(rows, at_T.split(counts), strict=True)
+    return [
+        replace(
+            row,
+            completion_logprobs=tuple(
+                float("nan") if at else value for at, value in zip(at_R.tolist(), row.completion_logprobs, strict=True)
+            ),
+        )
+        if bool(at_R.any())
+        else row
+        for row, at_R in marked
+    ]
