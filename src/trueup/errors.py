@@ -46,6 +46,14 @@ class EngineError(TrueupError):
     """A rollout engine refused a request, is not reachable, or cannot be set up."""
 
 
+class EngineBusy(EngineError):
+    """The server has too much to do (429, or 503 with Retry-After); `retry_after_s` is what it asks for, or None."""
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class UnsupportedByEngine(EngineError):
     """The engine does not declare the capability that was asked for."""
 

@@ -65,6 +65,9 @@ class CheckConfig(_Section):
     tokens: int = Field(32, ge=4, le=4096, description="tokens a completion")
     seed: int = Field(0, ge=0, lt=2**31, description="of the random numbers that completions are drawn with")
     allow_updates: bool = Field(False, description="change the engine's weights and put them back")
+    parallel: int = Field(
+        64, ge=1, le=1024, description="requests sent to an engine at once; fewer once it answers that it is busy (429)"
+    )
     request_timeout_s: float = Field(60.0, gt=0, le=3600, description="a request that takes longer has failed")
     search_s: float = Field(
         90.0, gt=0, description="for causes that need forward passes; the rest is listed as untested"

@@ -11,7 +11,9 @@ from tests.plain_engine import VOCAB, draw_completions, make_tiny_checkpoint
 from tests.plain_trainer import PlainTrainer, make_tiny_gpt2
 
 from trueup.errors import ConfigError, RecordError
+from trueup.model.load import load_model
 from trueup.parity import check_rollouts
+from trueup.weights.store import WeightStore
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +119,23 @@ def test_end_tokens_taken_for_padding_are_t8(tiny_model, engine_rows, tmp_path):
     assert ids(report) == ["T8"], [c.as_dict() for c in report.causes]
 
 
-def test_staleness_is_not_called_a_mismatch_of_the_backend(tiny_model, engine_rows, tmp_path):
+def published(folder, checkpoint, *, version):
+    """A checkpoint's weights as a published version."""
+    folder.mkdir()
+    store = WeightStore(folder)
+    store.publish(version, load_model(checkpoint, dtype=torch.float32).stored_tensors())
+    return store.folder(version)
+
+
+def test_staleness_needs_the_older_weights_as_proof(tiny_model, rows, engine_rows, tmp_path):
+    """Rows of an older version are off: with its weights that is staleness, with other weights it is not."""
     from types import SimpleNamespace
 
     older = make_tiny_checkpoint(tmp_path / "older", seed=9)
+    ids_of_older = draw_completions(older, [r["prompt_token_ids"] for r in rows], length=24)
+    engine_rows = [
+        r | {"completion_token_ids": ids_of_older[i]} if i % 2 == 0 else r for i, r in enumerate(engine_rows)
+    ]
     old = PlainTrainer(older, batch=1)([SimpleNamespace(**r) for r in engine_rows])
     mixed = []
     for i, row in enumerate(engine_rows):
@@ -134,8 +149,14 @@ def test_staleness_is_not_called_a_mismatch_of_the_backend(tiny_model, engine_ro
             }
         )
     report = check_rollouts(mixed, model=tiny_model)
+    assert ids(report) == [] and report.verdict == "mismatch", [c.as_dict() for c in report.causes]
+    assert "O7" not in report.ruled_out and "--checkpoints" in report.settings[0].unexplained["text"]
+    stamped = published(tmp_path / "three", older, version=3)
+    report = check_rollouts(mixed, model=tiny_model, checkpoints=[str(stamped)])
     assert ids(report) == ["O7"], [c.as_dict() for c in report.causes]
-    assert "2 versions" in report.causes[0].evidence
+    other = published(tmp_path / "two", older, version=2)
+    report = check_rollouts(mixed, model=tiny_model, checkpoints=[str(other)])
+    assert ids(report) == ["W1"] and "tokens stamped 3 fit" in report.causes[0].evidence
 
 
 def test_bad_rows_are_refused_by_number(tiny_model, engine_rows):

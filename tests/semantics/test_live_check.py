@@ -84,6 +84,18 @@ FAULTS = [
     ("dummy_table", {"value": 0.0}, {}, "W5"),
     ("crosstalk", {"share": 0.15}, {}, "I3"),
     ("decode_drift", {"factor": 1.8}, {}, "I4"),
+    ("mixed_report", {"kind": "mean"}, {}, "S14"),
+    ("mixed_report", {"kind": "sum"}, {}, "S14"),
+    ("mixed_report", {"kind": "min"}, {}, "S14"),
+    ("mixed_report", {"kind": "previous"}, {}, "S14"),
+    ("clamped_report", {"at": -5.0}, {}, "S14"),
+    ("own_penalty", {"nats": 0.8}, {}, "S6"),
+    ("colder_draws", {"factor": 1000.0}, {}, "S3"),
+    ("colder_draws", {"factor": 1000.0}, {"depth": "quick"}, "S3"),
+    ("colder_draws", {"factor": 2.0}, {}, "S3"),
+    ("colder_draws", {"factor": 0.77}, {"sampling": "temperature=1.0"}, "S3"),
+    ("colder_draws", {"factor": 1000.0, "first": 1.0}, {}, "S13"),
+    ("filtered_draws", {"top_k": 5.0}, {}, "S13"),
     ("rounded_prefixes", {"kind": "e5m2"}, {}, "I5"),
     ("kv_float8", {"kind": "e5m2"}, {}, "I6"),
     ("window", {"width": 19.0}, {}, "I9"),
@@ -103,6 +115,20 @@ def test_a_planted_fault_is_named_first(live, fault, values, knobs, cause):
     report = live.check(**knobs)
     assert ids(report)[:1] == [cause], ([c.as_dict() for c in report.causes], report.notes)
     assert fault in str(report.header["flags"]["faults"])
+
+
+@pytest.mark.parametrize(
+    ("fault", "values"), [("drifting_temperature", {"slope": 0.03}), ("no_repeats", {"length": 2.0})]
+)
+def test_what_the_catalogue_has_no_name_for_gets_none(live, fault, values):
+    """A sampler that changes as it goes is no decoding kernel, whatever scores of the same tokens say."""
+    live.plant(fault, **values)
+    for depth in ("full", "quick"):
+        report = live.check(depth=depth)
+        assert report.verdict == "mismatch" and not report.causes, [c.as_dict() for c in report.causes]
+        assert "I4" not in report.ruled_out
+    text = next(s.unexplained["text"] for s in live.check().settings if s.label == "temperature=1")
+    assert "does not tell the sampler, the report and the decoding kernels apart" in text
 
 
 def test_updates_are_put_back_and_that_is_said(live):

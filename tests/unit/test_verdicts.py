@@ -106,7 +106,7 @@ def test_beside_noise_a_right_cause_and_what_is_left_stay():
 def test_decoding_is_not_blamed_for_hidden_defaults():
     scoring = report("temperature=1 [engine's scores]", verdict="agree")
     plain = replace(report(left=1.0), gap={"rms": 1.0, "mean_abs": 1.0})
-    assert verdicts.generation_against_scoring([scoring, plain], [cause("S5")]) is None
+    assert verdicts.only_generation_is_off([scoring, plain], [cause("S5")]) is None
 
 
 @pytest.mark.parametrize(

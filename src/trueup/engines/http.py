@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import ipaddress
 import json
+import math
 import threading
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import CancelledError
@@ -18,7 +19,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from trueup.errors import EngineError, UnsupportedByEngine, WeightError
+from trueup.errors import EngineBusy, EngineError, UnsupportedByEngine, WeightError
 
 CONNECT_TIMEOUT_S = 10.0
 QUICK_TIMEOUT_S = 30.0
@@ -116,6 +117,10 @@ class HttpClient:
                     content += chunk
                     if len(content) > self.max_bytes:
                         raise EngineError(f"{self.url}{path} answered more than {self.max_bytes:,} bytes")
+                retry_after_s = _seconds(answer.headers.get("retry-after"))
+                if answer.status_code == 429 or (answer.status_code == 503 and retry_after_s is not None):
+                    said = _error(_json_or_text(bytes(content)))[1]
+                    raise EngineBusy(f"{self.url}{path}: {answer.status_code}: {said}", retry_after_s)
                 return answer.status_code, bytes(content)
 
     async def _lines(
@@ -159,6 +164,15 @@ class HttpClient:
             kind, message = _error(content)
             raise kind(f"{self.url}{path}: {status}: {message}")
         return content
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """The seconds of a Retry-After header; None for a date or anything else."""
+    try:
+        seconds = float(retry_after or "")
+    except ValueError:
+        return None
+    return seconds if 0 < seconds < math.inf else None
 
 
 def _json_or_text(raw: bytes) -> Any:

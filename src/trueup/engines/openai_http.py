@@ -28,6 +28,7 @@ from trueup.engines.base import (
     require_sampling,
 )  # fmt: skip
 from trueup.engines.http import HttpClient
+from trueup.engines.pace import Pace
 from trueup.errors import EngineError, RecordError, UnsupportedByEngine
 from trueup.model.scoring import ScoredRow
 from trueup.policy.draw import sample_seed
@@ -62,6 +63,7 @@ class OpenAIEngine:
         self.name, self.kind, self.version = NAME, kind, version
         self.capabilities = capabilities_of(kind, scores=scores)
         self._http = HttpClient(url, token=token)
+        self._pace = Pace(PARALLEL)
         self.model = model or self._first_model()
 
     def generate(
@@ -114,7 +116,14 @@ class OpenAIEngine:
         if not items:
             return []
         with ThreadPoolExecutor(min(PARALLEL, len(items)), thread_name_prefix=self.name) as pool:
-            futures = [pool.submit(lambda item=item: function(item, deadline - monotonic())) for item in items]  # type: ignore[misc]
+            futures = [
+                pool.submit(
+                    lambda item=item: self._pace.run(  # type: ignore[misc]
+                        lambda: function(item, deadline - monotonic()), timeout_s=max(0.0, deadline - monotonic())
+                    )
+                )
+                for item in items
+            ]
             return [future.result() for future in futures]
 
     def _body(self, request: GenerationRequest) -> dict[str, Any]:

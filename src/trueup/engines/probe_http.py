@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from trueup.engines.http import TOOK_TOO_LONG, HttpClient, is_loopback
+from trueup.engines.pace import Pace
 from trueup.errors import EngineError
 from trueup.trace import EngineInfo
 from trueup.types import is_integer
 
 TOKEN_PREFIX = "token_id:"
-PARALLEL = 64
 FIRST_TIMEOUT_S = 10.0
 GARBAGE = (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError, RecursionError)
 """What reading an answer of another shape than expected raises (EngineError is a ValueError too)."""
@@ -74,9 +74,13 @@ class EngineFacts:
 class ProbeClient:
     """One server. `timeout_s` bounds each request; after one that timed out later ones fail at once (`try_again`)."""
 
-    def __init__(self, url: str, *, token: str | None = None, timeout_s: float = 60.0) -> None:
-        """Connect and ask the server what it is. Raises EngineError when nobody answers in time."""
-        self.timeout_s, self.token = timeout_s, token
+    def __init__(self, url: str, *, token: str | None = None, timeout_s: float = 60.0, parallel: int = 64) -> None:
+        """Connect and ask the server what it is; at most `parallel` requests are sent at once.
+
+        Raises EngineError when nobody answers in time.
+        """
+        self.timeout_s, self.token, self.parallel = timeout_s, token, parallel
+        self._pace = Pace(parallel)
         self._hung: str | None = None
         self.http = HttpClient(url, token=token)
         self.url = self.http.url
@@ -117,7 +121,7 @@ class ProbeClient:
             if self._hung is not None:
                 return Answer(error=self._hung)
             try:
-                answer: Answer = function(item)
+                answer: Answer = self._pace.run(lambda: function(item), timeout_s=self.timeout_s)
                 return answer
             except GARBAGE as error:
                 if not isinstance(error, EngineError):
@@ -128,7 +132,7 @@ class ProbeClient:
 
         if not together:
             return [guarded(item) for item in items]
-        pool = ThreadPoolExecutor(min(PARALLEL, max(1, len(items))))
+        pool = ThreadPoolExecutor(min(self.parallel, max(1, len(items))))
         try:
             return list(pool.map(guarded, items))
         finally:  # when interrupted, what is under way ends with the connection

@@ -28,6 +28,9 @@ COMPLETE_SHARE = 0.25
 """A cause that brings the gap to the floor must still take away this share (a small bias hides in a wide floor)."""
 TRACKING_CORRELATION = 0.95
 """Correlation of predicted and reported logprobs below which an incomplete explanation explains nothing."""
+DRIFT, DRIFT_TOKENS = 2.0, 16
+"""An incomplete cause is not named if its remainder is so many times as large in one third of the completions as in
+another."""
 COSTLY_SHARE = 0.9
 """The same for a cause with a number that is fitted: many a smooth error looks like half of another."""
 NUMERIC_NATS = 1.0
@@ -280,7 +283,7 @@ class Attributor:
             c
             for c in candidates
             if (self.held_loss(c.model) < (1 - share(c)) * before or (complete and self._clearly_worse(self.start, c)))
-            and (self.held_judgement(c.model).within if complete else self._tracks(c))
+            and (self.held_judgement(c.model).within if complete else self._tracks(c) and not self._drifts(c))
             and self._needed(c)
         ]
         if not kept:
@@ -316,6 +319,19 @@ class Attributor:
         engine_T = self.held.tokens.engine_T[res.usable_T]
         pair = torch.stack([engine_T, engine_T + res.residual_T[res.usable_T]])
         return pair.shape[1] > 2 and float(torch.corrcoef(pair)[0, 1]) > TRACKING_CORRELATION
+
+    def _drifts(self, candidate: _Candidate) -> bool:
+        """Whether what is left depends on the position in the completion: then the candidate stands for something that
+        changes as it goes, and its number is but an average."""
+        res, position_T = self.held_residual(candidate.model), self.held.tokens.position_T.double()
+        cuts = position_T.quantile(torch.tensor([1 / 3, 2 / 3], dtype=torch.float64))
+        part_T = torch.bucketize(position_T, cuts)
+        parts = [res.residual_T[res.usable_T & (part_T == part)] for part in range(3)]
+        most = self.held_loss(candidate.model) < (1 - COSTLY_SHARE) * self.held_loss(self.base)
+        if most or min(map(len, parts)) < DRIFT_TOKENS:
+            return False
+        sizes = [float(part.square().mean()) for part in parts]
+        return max(sizes) > DRIFT**2 * max(min(sizes), 1e-300)
 
     def _needed(self, candidate: _Candidate) -> bool:
         """Whether leaving out either edit of a pair fits clearly worse on the held-back half."""

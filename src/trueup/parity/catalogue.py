@@ -4,7 +4,7 @@ from __future__ import annotations
 
 FAMILIES = "STWIRO"
 """Semantic, tokenization, weights, inference, trainer, objective: the order of a migration study."""
-SIZES = {"S": 13, "T": 11, "W": 17, "I": 15, "R": 8, "O": 7}
+SIZES = {"S": 14, "T": 11, "W": 17, "I": 15, "R": 8, "O": 7}
 NOT_IMPLEMENTED = (
     "S11", "S12", "T6", "T11", "W6", "W7", "W8", "W13", "W14", "W17", "I7", "I10", "I13", "R6", "R7", "R8",
     "O1", "O2", "O3", "O4", "O5", "O6",

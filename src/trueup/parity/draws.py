@@ -242,8 +242,9 @@ def origin_of(evidence: Evidence, draws: Draws, model: EngineModel) -> Cause:
 
 def _cause(cause_id: str, title: str, fix: str, evidence: str) -> Cause:
     return Cause(
-        id=cause_id, layer="semantic", title=title, confidence="high", explained=None, fix=fix, evidence=evidence
-    )
+        id=cause_id, layer="semantic", title=title, confidence="high", explained=None, fix=fix, evidence=evidence,
+        subject="draws",
+    )  # fmt: skip
 
 
 def _offered(dist: Distribution, omitted: Sequence[str]) -> list[tuple[str, str, Distribution]]:

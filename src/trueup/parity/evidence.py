@@ -36,15 +36,16 @@ class Source:
 
     `precision`: "trainer", "engine" (as it declares), "reference" (the next higher one) or "exact" (float32, for
     most of what is changed). `simulation`: (name, parameter) of model/simulate.py. `context`: what was done to the
-    prompt. `weights`: (label, pattern), other weights for the tensors whose name the pattern matches; label "stamped"
-    takes each token's own stamped version. `head`: another head. `batching`: (wrong way to batch, rows a batch) of
-    model/misbatched.py.
+    prompt. `weights`: (label, pattern), other weights for the tensors whose name the pattern matches. `by_version`:
+    (stamped version, label) pairs, other weights for the tokens that carry the stamp; all other tokens take the
+    trainer's. `head`: another head. `batching`: (wrong way to batch, rows per batch) of model/misbatched.py.
     """
 
     precision: str = "trainer"
     simulation: tuple[str, float] | None = None
     context: str | None = None
     weights: tuple[str, str] | None = None
+    by_version: tuple[tuple[int, str], ...] = ()
     head: HeadEdit = HeadEdit()
     batching: tuple[str, int] | None = None
 
@@ -58,8 +59,6 @@ TRAINER = Source(precision="trainer")
 REFERENCE = Source(precision="reference")
 ENGINE = Source(precision="engine")
 EXACT = Source(precision="exact")
-STAMPED = "stamped"
-"""Label of weights: each token's own stamped version."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,11 +109,11 @@ class Case:
 class EngineModel:
     """A complete guess of how the engine's numbers came about; a hypothesis is one edit of it.
 
-    `dist`: which distribution; `source`: whose logits; `entry`: the sampled token's logprob or the most likely
-    token's; `shift`: the number at position t describes token t + shift; `grid`: rounding in transport ("bf16",
-    "fp16" or decimals such as "3 decimals"); `constant`: placeholder that stands where a number is missing;
-    `bias`: (ids, nats added to their logits; -inf forbids them); `allowed`: ids of a grammar, all others forbidden;
-    `skip`: tokens about which nothing is predicted (see `skipped`).
+    `dist`: which distribution; `source`: whose logits; `entry`: the sampled token's logprob ("sampled"), the most
+    likely token's ("top"), or a statistic of those so far (a key of MIXED); `shift`: the number at position t describes
+    token t + shift; `grid`: rounding in transport ("bf16", "fp16" or decimals such as "3 decimals"); `constant`:
+    placeholder that stands where a number is missing; `bias`: (ids, nats added to their logits; -inf forbids them);
+    `allowed`: ids of a grammar, all others forbidden; `skip`: tokens about which nothing is predicted (see `skipped`).
     """
 
     dist: Distribution
@@ -213,6 +212,20 @@ class Evidence:
         return self.scores(TRAINER, self.case.trainer_distribution).logprobs_T.double()
 
 
+def _with_previous(values_T: Tensor) -> Tensor:
+    before_T = torch.cat([values_T[:1], values_T[:-1]])
+    return (values_T + before_T) / 2
+
+
+MIXED: dict[str, Callable[[Tensor], Tensor]] = {
+    "running mean": lambda values_T: values_T.cumsum(0) / torch.arange(1, len(values_T) + 1),
+    "running sum": lambda values_T: values_T.cumsum(0),
+    "running minimum": lambda values_T: values_T.cummin(0).values if len(values_T) else values_T,
+    "mean with the previous one": _with_previous,
+}
+"""Statistics of the logprobs of a completion so far, [T] to [T], that have been reported in the place of each."""
+
+
 def snap(values_T: Tensor, grid: str) -> Tensor:
     """Round float64 values to a transport grid."""
     if grid == "bf16":
@@ -228,7 +241,10 @@ def render(evidence: Evidence, model: EngineModel) -> Tensor:
     NaN where the model says nothing (a shift beyond the end of a row), -inf outside its kept set.
     """
     scores = evidence.scores(model.source, model.dist)
-    values_T = (scores.logprobs_T if model.entry == "sampled" else scores.top_logprobs_T).double()
+    values_T = (scores.top_logprobs_T if model.entry == "top" else scores.logprobs_T).double()
+    if model.entry in MIXED:
+        counts = torch.bincount(evidence.tokens.row_T, minlength=len(evidence.tokens.lines)).tolist()
+        values_T = torch.cat([MIXED[model.entry](row_T) for row_T in values_T.split(counts)])
     if model.bias is not None:
         values_T = _biased(evidence, model, values_T)
     if model.allowed:

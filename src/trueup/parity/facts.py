@@ -16,16 +16,16 @@ ROPE_THETA = 10_000.0
 class Facts:
     """Properties of the checkpoint and of what was given beside it.
 
-    `checkpoints`: labels of older weights, oldest first. `stamped`: whether stamped versions can be told apart by
-    those. `contexts`: what could have been done to the prompts. `generation`: sampling defaults of
-    generation_config.json. `tensor_kinds`: last names of tensors, e.g. "q_proj", an
-    untied head left out. `bf16_head`: the trainer or
-    the engine as declared multiplies its head in bfloat16. `batch_rows`: how many rows a trainer had to batch, 0 where
-    the numbers are an engine's.
+    `checkpoints`: labels of older weights, oldest first. `versions`: (version, label) of those whose version is
+    recorded. `stamps`: the versions stamped on the tokens. `contexts`: what could have been done to the prompts.
+    `generation`: sampling defaults of generation_config.json. `tensor_kinds`: last names of tensors, e.g. "q_proj", an
+    untied head left out. `bf16_head`: the trainer or the engine as declared multiplies its head in bfloat16.
+    `batch_rows`: how many rows a trainer had to batch, 0 where the numbers are an engine's.
     """
 
     checkpoints: tuple[str, ...] = ()
-    stamped: bool = False
+    versions: tuple[tuple[int, str], ...] = ()
+    stamps: tuple[int, ...] = ()
     contexts: tuple[str, ...] = ()
     vocab: int = 0
     rope_theta: float = ROPE_THETA
@@ -36,12 +36,18 @@ class Facts:
     bf16_head: bool = False
     batch_rows: int = 0
 
+    @property
+    def stamped(self) -> bool:
+        """Whether tokens carry several versions, and the weights of at least one of these are at hand."""
+        return len(self.stamps) > 1 and bool(set(self.stamps) & {version for version, _ in self.versions})
+
 
 def facts_of(
     model: LoadedModel,
     *,
     checkpoints: tuple[str, ...],
-    stamped: bool,
+    versions: tuple[tuple[int, str], ...],
+    stamps: tuple[int, ...],
     contexts: tuple[str, ...],
     bf16_head: bool,
     batch_rows: int,
@@ -56,7 +62,8 @@ def facts_of(
     kinds = dict.fromkeys(_kind(name) for name, tensor in stored if tensor.ndim and name not in head)
     return Facts(
         checkpoints=checkpoints,
-        stamped=stamped,
+        versions=versions,
+        stamps=stamps,
         contexts=contexts,
         vocab=model.vocab_size,
         rope_theta=float(theta or getattr(config, "rope_theta", None) or ROPE_THETA),

@@ -23,7 +23,9 @@ from trueup.types import LogprobKind, SamplingParams, parse_sampling
 FIT_TOKENS = 320
 """Enough to tell candidates apart, few enough to scan temperatures quickly."""
 
-SHAPING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+SHAPING = (
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
 """Fields that an engine may fill in from generation_config.json where a request is silent."""
 
 DTYPES = {

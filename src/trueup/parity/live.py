@@ -21,6 +21,9 @@ from trueup.parity import verdicts
 from trueup.parity.against import URLS, against_baseline, against_engine
 from trueup.parity.asking import FEW, PLAIN, Asking
 from trueup.parity.assemble import merge, reach, ruled_out, untested
+from trueup.parity.compare import residual
+from trueup.parity.decoding import decoding_cause, first_steps
+from trueup.parity.evidence import EngineModel
 from trueup.parity.findings import Attribution
 from trueup.parity.grouping import Setting, group, looks_like_float32
 from trueup.parity.hypotheses import ENGINE_WIDE
@@ -67,6 +70,8 @@ class LiveCheck:
     open: dict[str, str] = field(default_factory=dict)
     """Why an id is not ruled out, whatever settings say of it."""
     doubts: list[tuple[str, ...]] = field(default_factory=list)
+    generation_off: bool = False
+    """Whether generated numbers are off where scores of the same tokens fit."""
     drawn_apart: int = 0
     """Requests that draw other tokens whenever their sampling fields are spelled out."""
     touched: str = "read-only: nothing on the server changed"
@@ -152,13 +157,15 @@ class LiveCheck:
         """The engine against itself: the same request twice, and alone against in a batch."""
         client, limit = self.clients[0], verdicts.SELF_LIMIT * floor
         again = self.ask.alone(prompts, self.base)
+        changed = False
         if self.quick:
             probes = [twice(alone, again, limit_rms=limit)]
         else:
             rows = [r for r in scores if r.replica in (None, client.url)][:FEW]
-            probes = against_itself(client, alone, again, together[:FEW], rows, limit_rms=limit)
+            probes, scored_alone = against_itself(client, alone, again, together[:FEW], rows, limit_rms=limit)
+            changed = self._scores_changed(rows, scored_alone, limit)
         self.probes += probes
-        self.causes += (found := verdicts.self_consistency(probes))
+        self.causes += (found := verdicts.self_consistency(probes, scores_changed=changed))
         self.missing |= {"I3": QUICK if self.quick else NOTHING, "I15": NOTHING}
         repeats, batches = ([p for p in probes if p.name.startswith(n)] for n in ("repeat", "batch"))
         if any(c.id == "I15" for c in found):
@@ -169,6 +176,22 @@ class LiveCheck:
             self.open["I3"] = "batches move the numbers, but hardly more than asking twice does"
         elif any(p.compared for p in batches) and not found:
             self.not_there.add("I3")
+
+    def _scores_changed(self, rows: Sequence[TraceRow], alone: Sequence[Answer], limit: float) -> bool:
+        """Whether scores that fit the trainer when they were made first, with others, do not when made again, alone.
+
+        Being alone cannot put a number wrong that is right among others: what was computed before is used again.
+        """
+        again = [replace(r, completion_logprobs=a.logprobs) for r, a in zip(rows, alone, strict=True) if not a.error]
+        if not again:
+            return False
+        sides = []
+        for made in (rows, again):
+            setting = self._scoring_setting(made)
+            evidence = self.bench.scorer.evidence(setting.case, made)
+            left = residual(evidence, EngineModel(dist=setting.case.trainer_distribution))
+            sides.append(float(left.residual_T[left.usable_T].square().mean().sqrt()))
+        return sides[0] <= limit < sides[1]
 
     def _explicit_against_omitted(self, prompts: Prompts, alone: Sequence[Answer], floor: float) -> None:
         """The same requests with every field spelled out: a difference is the engine's own defaults."""
@@ -195,6 +218,10 @@ class LiveCheck:
         reports: list[SettingReport] = []
         given: Attribution | None = None
         excluded = frozenset(self.not_there & {"S5"})
+        if (
+            "S5" in excluded
+        ):  # leaving fields out makes no difference: whatever the engine adds, it adds to every request
+            groups = [replace(s, case=replace(s.case, omitted=())) for s in groups]
         if scoring is not None:
             judged = self.bench.judge(scoring, excluded=frozenset(verdicts.SAMPLING_ONLY))
             ruled = tuple(i for i in judged.report.ruled_out if i not in verdicts.IN_REPORTING)
@@ -216,7 +243,7 @@ class LiveCheck:
         kept = verdicts.hidden_defaults(self.probes, reports, kept, drawn_apart=self.drawn_apart)
         gone = {c.id for c in before} - {c.id for c in kept}
         self.open |= dict.fromkeys(gone, "what its probe saw is accounted for by the causes named")
-        generation = verdicts.generation_against_scoring(reports, kept)
+        reports, generation = self._decoding(reports, groups, kept)
         self.causes = kept if generation is None else [*kept, generation]
         plain = next((r for r in reports if r.label == "temperature=1"), None)
         if scoring is None:
@@ -226,6 +253,26 @@ class LiveCheck:
         else:
             self.missing["I4"] = QUICK if self.quick else "generation and scoring do not both fit the trainer"
         return verdicts.settle(reports, self.causes, self.probes)
+
+    def _decoding(
+        self, reports: list[SettingReport], groups: Sequence[Setting], causes: Sequence[Cause]
+    ) -> tuple[list[SettingReport], Cause | None]:
+        """Where scores fit and generated numbers do not: I4 on evidence of its own, else what is known of it."""
+        pair = verdicts.only_generation_is_off(reports, causes)
+        if pair is None:
+            return reports, None
+        plain, scoring = pair
+        self.generation_off = True
+        seen = None
+        if not self.quick:
+            setting = next(s for s in groups if s.case.label() == plain.label)
+            client = self.clients[0]
+            rows = [r for r in setting.rows if r.replica in (None, client.url)]
+            seen = first_steps(client, self.bench.scorer, setting.case, rows, salt=self.ask.salt())
+        cause, known = decoding_cause(plain, scoring, seen)
+        left = None if cause is not None else {**(plain.unexplained or {}), "text": known, "layer": "unknown"}
+        named = plain.causes if cause is None else ()
+        return [replace(r, causes=named, unexplained=left) if r is plain else r for r in reports], cause
 
     def _cache(self, prompts: Prompts, floor: float, reports: Sequence[SettingReport]) -> None:
         if self.quick:
@@ -239,7 +286,7 @@ class LiveCheck:
         )
         self.probes.append(probe)
         known = {c.id for r in reports for c in r.causes}
-        blurred = bool(known & (verdicts.IN_REPORTING | verdicts.COARSE))
+        blurred = self.generation_off or bool(known & (verdicts.IN_REPORTING | verdicts.COARSE))
         found = verdicts.cached(probe, self.causes, self.probes, updated=bool(self.facts.version), blurred=blurred)
         self.causes += found
         self.doubts += [("I5", "W12")] if any(c.confidence == "low" for c in found) else []
@@ -333,7 +380,8 @@ def check_engine(
     with ExitStack() as stack:
         clients = []
         for url in check.engine:
-            clients.append(ProbeClient(url, token=token, timeout_s=check.request_timeout_s))
+            client = ProbeClient(url, token=token, timeout_s=check.request_timeout_s, parallel=check.parallel)
+            clients.append(client)
             stack.callback(clients[-1].close)
         bench = Workbench.of(check, announce)
         return LiveCheck(check=check, bench=bench, clients=clients, progress=progress).run()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trueup.parity.compare import Residual
 from trueup.parity.evidence import TRAINER, Evidence, skipped
+from trueup.parity.floor import FLOAT32_NATS
 from trueup.parity.report import Cause
 from trueup.policy.processing import Distribution
 from trueup.trace import TraceRow
@@ -25,24 +26,28 @@ FILLED_NATS = 1.0
 """A number is taken for a filler only if it is off by this much, because numbers on a coarse grid repeat as well."""
 ZERO_NATS = 0.1
 """The same for 0.0, which no grid but the coarsest gives to a token that is not certain."""
+COARSE_EDGE, FINE_EDGE = 0.5, 1e-3
+"""By which share of itself (of the mass it leaves out, for top-p) a cut may move, in 16 bits and in float32."""
 SHOWN = 3
 
 
 def neighbours(dist: Distribution, noise_rms: float) -> list[Distribution]:
     """Kept sets that rounding may turn this one into: a little wider or narrower in each of its cuts.
 
-    The mass above a token moves by as much as the logprobs do, which is `noise_rms`; min-p compares two logits.
+    In 16 bits two tokens next to the cut change places, and the mass of one of them goes in or out; in float32 they do
+    not, and only the comparison with the cut itself may turn out otherwise.
     """
-    share = max(1e-4, 2 * noise_rms)
+    coarse = noise_rms > FLOAT32_NATS
+    share = COARSE_EDGE if coarse else FINE_EDGE
     found = []
     if dist.top_p < 1:
         moved = share * min(dist.top_p, 1 - dist.top_p)
         found += [replace(dist, top_p=min(1.0, dist.top_p + sign * moved)) for sign in (-1, 1)]
     if dist.top_k:
-        count = 1 if noise_rms < 1e-3 else max(1, dist.top_k // 4)
+        count = max(1, dist.top_k // 4) if coarse else 1
         found += [replace(dist, top_k=k) for k in (dist.top_k - count, dist.top_k + count) if k > 0]
     if dist.min_p:
-        found += [replace(dist, min_p=min(1.0, dist.min_p * (1 + sign * 2 * share))) for sign in (-1, 1)]
+        found += [replace(dist, min_p=min(1.0, dist.min_p * (1 + sign * share))) for sign in (-1, 1)]
     return found
 
 
@@ -78,13 +83,27 @@ class Fillers:
         """Whether every value is none that any distribution gives: far below all logprobs, or above 0."""
         return all(value < SENTINEL or value > 0 for value in self.counts)
 
+    def _clamp(self, evidence: Evidence, now: Residual) -> bool:
+        """Whether the value is a lower limit: the lowest number of all, at tokens that are less likely than it says."""
+        engine_T = evidence.tokens.engine_T[now.usable_T]
+        above_T = now.residual_T[self.at_T] < 0
+        return len(self.counts) == 1 and min(self.counts) == float(engine_T.min()) and bool(above_T.all())
+
     def cause(self, evidence: Evidence, now: Residual) -> Cause:
-        """S9, with the first places."""
+        """S9, with the first places; S14 for a lower limit."""
         tokens = evidence.tokens
         first = [
             f"line {tokens.lines[int(tokens.row_T[t])]} token {int(tokens.position_T[t])}"
             for t in self.at_T.nonzero()[:SHOWN, 0].tolist()
         ]
+        if self._clamp(evidence, now):
+            value = next(iter(self.counts))
+            return Cause(
+                id="S14", layer="semantic", title=f"logprobs are clamped at {value:g}", confidence="high",
+                explained=1.0, fix="report each token's logprob as it is, without a lower limit",
+                evidence=f"{self.counts[value]} of {len(tokens)} tokens carry exactly {value:g}, the lowest number "
+                f"here, and each of them is less likely than that (first {', '.join(first)})",
+            )  # fmt: skip
         values = ", ".join(f"{count} carry exactly {value:g}" for value, count in self.counts.items())
         off_T = now.residual_T.abs().masked_fill(~now.usable_T, 0.0)
         return Cause(

@@ -212,12 +212,13 @@ def against_itself(
     rows: Sequence[TraceRow],
     *,
     limit_rms: float,
-) -> list[Probed]:
+) -> tuple[list[Probed], list[Answer]]:
     """The engine against itself: the same requests alone, `once` and `again`, and `together`, generated and scored.
 
     `rows` carry the engine's scores of given tokens, made together (none: it cannot score). Given tokens never part, so
-    that every one of them is compared.
+    that every one of them is compared. Returns the probes and the scores of `rows` made alone.
     """
+    alone: list[Answer] = []
     probes = [
         twice(once, again, limit_rms=limit_rms),
         outcome("batch", paired(once, together), limit_rms, "alone against together with others"),
@@ -229,7 +230,7 @@ def against_itself(
             outcome("repeat, scored", paired(alone, again), limit_rms, "the same tokens scored twice, alone"),
             outcome("batch, scored", paired(alone, batched), limit_rms, "tokens scored alone against with others"),
         ]
-    return probes
+    return probes, alone
 
 
 def cached_against_fresh(

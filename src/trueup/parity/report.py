@@ -18,7 +18,11 @@ EXIT_CODES = {"agree": 0, "mismatch": 1, "inconclusive": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class Cause:
-    """A named cause. `explained` is the share of mean |r| it takes away on held-back tokens (None: not measured so)."""
+    """A named cause. `explained` is the share of mean |r| it takes away on held-back tokens (None: not measured so).
+
+    `side` says whose fault it is: "engine", "trainer" or "log". `subject` says what shows it: the "numbers" that are
+    compared, or the "draws", how tokens were drawn.
+    """
 
     id: str
     layer: str
@@ -28,6 +32,8 @@ class Cause:
     fix: str
     evidence: str
     settings: tuple[str, ...] = ()
+    side: str = "engine"
+    subject: str = "numbers"
 
     def as_dict(self) -> dict[str, object]:
         """Return the JSON form."""

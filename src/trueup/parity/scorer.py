@@ -18,9 +18,9 @@ from trueup.model.load import LoadedModel, checkpoint_digest, checkpoint_dtype, 
 from trueup.model.misbatched import misbatched_states
 from trueup.model.scoring import ScoredRow, check_fits, hidden_states
 from trueup.model.simulate import simulate
-from trueup.model.substitute import check_same_shapes, head_weight, read_tensors, substituted
+from trueup.model.substitute import EVERYTHING, check_same_shapes, head_weight, read_tensors, substituted
 from trueup.parity.context import Contexts
-from trueup.parity.evidence import EXACT, STAMPED, TRAINER, Case, Evidence, Source, Tokens
+from trueup.parity.evidence import EXACT, TRAINER, Case, Evidence, Source, Tokens
 from trueup.parity.facts import Facts, facts_of
 from trueup.policy.head import Head
 from trueup.policy.logprobs import TokenScores, rows_at_once, token_scores_under
@@ -114,7 +114,8 @@ class Scorer:
         return facts_of(
             self.model(self.trainer.body),
             checkpoints=tuple(self.checkpoints),
-            stamped=len(stamps) > 1 and bool(stamps & set(self.versions)),
+            versions=tuple(sorted(self.versions.items())),
+            stamps=tuple(sorted(stamps)),
             contexts=self.contexts.offered([r.prompt_token_ids for r in rows]),
             bf16_head=torch.bfloat16 in (self.trainer.head, self.engine.head),
             batch_rows=len(self.batched),
@@ -221,8 +222,8 @@ class Scorer:
         tokens = Tokens.of(rows)
 
         def ask(source: Source, dists: Sequence[Distribution]) -> list[TokenScores]:
-            if source.weights is not None and source.weights[0] == STAMPED:
-                return self._ask_stamped(source, rows, tokens, dists)
+            if source.by_version:
+                return self._ask_by_version(source, rows, tokens, dists)
             return self._score(source, torch.cat(self.states(source, rows)), tokens, dists)
 
         held: dict[tuple[Source, float], list[Tensor]] = {}
@@ -243,8 +244,8 @@ class Scorer:
             return sum_of(p.sum(0) for p in probabilities(TRAINER, case.processed.temperature)).cpu()
 
         def spread(source: Source, dist: Distribution) -> TokenScores:
-            if source.weights is not None and source.weights[0] == STAMPED:
-                return self._ask_stamped(source, rows, tokens, [dist], varentropy=True)[0]
+            if source.by_version:
+                return self._ask_by_version(source, rows, tokens, [dist], varentropy=True)[0]
             return self._score(source, torch.cat(self.states(source, rows)), tokens, [dist], varentropy=True)[0]
 
         return Evidence(
@@ -258,15 +259,16 @@ class Scorer:
             logits = torch.empty(len(hidden_CD), head.vocab_size, dtype=head.logits_dtype, device=hidden_CD.device)
             yield (head.logits_into(hidden_CD, logits) / temperature).softmax(1)
 
-    def _ask_stamped(
+    def _ask_by_version(
         self, source: Source, rows: Sequence[TraceRow], tokens: Tokens, dists: Sequence[Distribution], *,
         varentropy: bool = False,
     ) -> list[TokenScores]:  # fmt: skip
-        """Each token under the version stamped on it; tokens of an unknown version under the trainer's weights."""
+        """Each token under the weights that its stamp names; tokens of other stamps under the trainer's weights."""
         parts: dict[str | None, list[TokenScores]] = {}
-        labels = [self.versions.get(int(v)) for v in tokens.version_T.tolist()]
+        named = dict(source.by_version)
+        labels = [named.get(int(v)) for v in tokens.version_T.tolist()]
         for label in dict.fromkeys(labels):
-            own = EXACT if label is None else replace(EXACT, weights=(label, source.weights[1]))  # type: ignore[index]
+            own = EXACT if label is None else replace(EXACT, weights=(label, EVERYTHING))
             parts[label] = self._score(own, torch.cat(self.states(own, rows)), tokens, dists, varentropy=varentropy)
         chosen = []
         for index in range(len(dists)):

@@ -17,6 +17,7 @@ from trueup.parity.findings import Attribution
 from trueup.parity.floor import Floor, Judgement, judge, predict
 from trueup.parity.grouping import Setting, halves
 from trueup.parity.hypotheses import all_hypotheses
+from trueup.parity.hypotheses.versions import versions_apart
 from trueup.parity.invariants import INVARIANTS, broken_invariants, positive_logprobs, well_formed
 from trueup.parity.logged_trainer import describe, rows_with_trainer
 from trueup.parity.marks import at_edge, fillers, without
@@ -293,6 +294,8 @@ class SettingJudge:
             if found.findings:
                 fixed = _gap(left.residual_T, left.usable_T, evidence) | {"floor_rms": found.floor.rms}
             unexplained = _unexplained(found, self._left(left, found, evidence) if found.findings else verdict)
+            if unexplained is not None and (said := versions_apart(evidence, left.residual_T)) is not None:
+                unexplained["text"] = said
         noise = self.scorer.batch_shape_noise(usable_rows(setting)[:NOISE_ROWS], setting.case)
         return SettingReport(
             label=label,

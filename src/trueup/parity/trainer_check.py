@@ -22,7 +22,7 @@ Trainer = Callable[[Sequence[TraceRow]], Sequence[Sequence[float]]]
 TAG = " [your trainer]"
 ALONE_ROWS = 6
 EQUAL_ROWS = 4
-SEMANTIC_ENGINE = frozenset({"S5", "S7", "S8", "S9", "S10", "T7", "W10", "W11", "O7", "I1", "I2", "I6"})
+SEMANTIC_ENGINE = frozenset({"S5", "S7", "S8", "S9", "S10", "S14", "T7", "W10", "W11", "O7", "I1", "I2", "I6"})
 """Causes that are an engine's alone: not tried on a trainer's numbers."""
 
 

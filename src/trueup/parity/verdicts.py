@@ -23,7 +23,7 @@ ENGINE_IS_RIGHT = frozenset({"W1", "W2", "W3", "W5", "W15", "W16", "I1", "I2", "
 """Causes that would show in the engine's scores of given tokens: with scores that agree they explain nothing."""
 NUMERIC = frozenset({"I1", "I2"})
 """Those of them that may hide under the floor: each setting says for itself whether it rules them out."""
-IN_REPORTING = frozenset({"S8", "S9", "S10", "T1", "T7"})
+IN_REPORTING = frozenset({"S8", "S9", "S10", "S14", "T1", "T7"})
 """Causes in how numbers are read and sent: answers that draw other tokens then differ in numbers before that too."""
 VOIDING = {"I3", "I4", "I15"}
 COARSE = frozenset({"I1", "I2", "I6"})
@@ -63,10 +63,11 @@ def not_finite(errors: Sequence[str], requests: int) -> Cause | None:
     )  # fmt: skip
 
 
-def self_consistency(probes: Sequence[Probed]) -> list[Cause]:
+def self_consistency(probes: Sequence[Probed], *, scores_changed: bool = False) -> list[Cause]:
     """I15 if the same request differs from itself, I3 if being in a batch makes more of a difference than that.
 
-    Judged by numbers of shared tokens only: a server that ignores seeds draws other tokens and is no worse for it.
+    `scores_changed`: scores were right at first and wrong when the same tokens were scored again. Judged by numbers of
+    shared tokens only: a server that ignores seeds draws other tokens and is no worse for it.
     """
     repeats = [p for p in probes if p.name.startswith("repeat")]
     noise = max((p.gap.rms for p in repeats if p.gap is not None), default=0.0)
@@ -83,6 +84,14 @@ def self_consistency(probes: Sequence[Probed]) -> list[Cause]:
     worst = max(batches, key=lambda p: p.gap.rms if p.gap else 0.0, default=None)
     if worst is None or worst.gap is None or worst.gap.rms <= FACTOR * noise:
         return []
+    if scores_changed and worst.name == "batch, scored":
+        return [
+            _cause(
+                "I5", "inference", "scores of a prompt that was seen before are not those of a fresh one",
+                "turn prefix caching off for requests with prompt_logprobs; trust no score of a cached prefix",
+                f"{worst.text}; scored for the first time these tokens fit the trainer, scored again they do not",
+            )
+        ]  # fmt: skip
     return [
         _cause(
             "I3", "inference", "a request's numbers depend on what else is in its batch",
@@ -116,35 +125,21 @@ def hidden_defaults(
     return [*rest, _cause("S5", "semantic", "the engine applies sampling defaults that no request set", fix, evidence)]
 
 
-def generation_against_scoring(reports: Sequence[SettingReport], causes: Sequence[Cause]) -> Cause | None:
-    """I4 if the engine's scores fit the trainer, what it reported at T=1 for the same tokens does not, and nothing else
-    explains that."""
+def only_generation_is_off(
+    reports: Sequence[SettingReport], causes: Sequence[Cause]
+) -> tuple[SettingReport, SettingReport] | None:
+    """(what was reported at T=1, the engine's scores of the same tokens) if the scores fit the trainer, the reported
+    numbers do not, and nothing explains that yet."""
     scoring = next((r for r in reports if "scores]" in r.label), None)
     plain = next((r for r in reports if r.label == "temperature=1"), None)
     if scoring is None or plain is None or scoring.verdict != "agree" or plain.verdict != "mismatch":
         return None
     known = [c for c in plain.causes if c.confidence == "high"]
-    if known or {c.id for c in causes} & {*VOIDING, "S5"} or not first_tokens_fit(plain) or in_few_rows(plain):
+    if known or plain.unexplained is None or {c.id for c in causes} & {*VOIDING, "S5"} or in_few_rows(plain):
         return None
     far, near = plain.gap.get("mean_abs"), scoring.gap.get("mean_abs")
     share = 1 - near / far if isinstance(far, float) and isinstance(near, float) and far else 0.0
-    if share < HALF:
-        return None
-    return _cause(
-        "I4", "inference", "decoding computes something else than scoring the same tokens does",
-        "compare the decode kernel with prefill: --enforce-eager, no chunked prefill, another attention backend",
-        f"same tokens at T=1: generated, mean |r| {far:.3g}; scored by the same engine, {near:.3g}, within the floor",
-        explained=share, settings=(plain.label,),
-    )  # fmt: skip
-
-
-def first_tokens_fit(report: SettingReport) -> bool:
-    """Whether the first token of each completion, which prefill computes, fits: decoding is not to blame otherwise."""
-    points, floor = report.points, report.noise_floor.get("rms")
-    first = [
-        (t - e) ** 2 for t, e, p in zip(points.trainer, points.engine, points.position, strict=True) if p == 0
-    ]  # fmt: skip
-    return isinstance(floor, float) and bool(first) and (sum(first) / len(first)) ** 0.5 <= FACTOR * floor
+    return (plain, scoring) if share >= HALF else None
 
 
 def in_few_rows(report: SettingReport) -> bool:

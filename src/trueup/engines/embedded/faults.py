@@ -22,6 +22,7 @@ from torch import Tensor
 
 from trueup.engines.embedded.completions import CompletionWriter
 from trueup.engines.embedded.fused import FusedBody, _Norm, _Product
+from trueup.engines.embedded.generation_faults import GENERATION_FAULTS
 from trueup.engines.embedded.layout import StepLayout
 from trueup.engines.embedded.options import Fault
 from trueup.engines.embedded.runner import Shadow
@@ -663,5 +664,5 @@ FAULTS: dict[str, Callable[..., None]] = {
         skips_self, softcap, logit_scale, embedding_scale, noise, skipped_layer, other_activation, silent_head,
         blended_report, mirrored_state,
     )
-}  # fmt: skip
+} | GENERATION_FAULTS  # fmt: skip
 """By name; a docstring starts with the id of the cause it plants, if there is one."""

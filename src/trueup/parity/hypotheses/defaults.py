@@ -15,6 +15,8 @@ GRIDS: dict[str, tuple[float, ...]] = {
     "top_k": (1, 5, 10, 20, 30, 40, 50, 64, 100, 200),
     "min_p": (0.01, 0.02, 0.05, 0.1),
     "repetition_penalty": (1.02, 1.05, 1.1, 1.15, 1.2, 1.3, 1.5),
+    "presence_penalty": (-0.5, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0, 1.5),
+    "frequency_penalty": (-0.5, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0, 1.5),
 }
 ONE_SIDED = 0.9
 MIN_ZEROS = 2

@@ -1,4 +1,5 @@
-"""SEM, continued: the right distribution, the wrong entry of it. S8 top-1 entry, S9 placeholder, S10 transport grid."""
+"""SEM, continued: the right distribution, the wrong entry of it. S8 top-1 entry, S9 placeholder, S10 transport
+grid, S14 a statistic of several tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from trueup.parity.evidence import ENGINE, EngineModel, Evidence, skipped, snap
+from trueup.parity.evidence import ENGINE, MIXED, EngineModel, Evidence, skipped, snap
 from trueup.parity.hypotheses import Hypothesis, Variant
 
 GRIDS = ("1 decimals", "2 decimals", "3 decimals", "4 decimals", "bf16", "fp16")
@@ -20,6 +21,15 @@ SENTINEL = -900.0
 def _top_entry(evidence: Evidence, model: EngineModel) -> list[Variant]:
     detail = "where the sampled token is not the most likely one, the engine's number is the most likely one's"
     return [Variant(model=replace(model, entry="top"), detail=detail)] if model.entry == "sampled" else []
+
+
+def _mixed(evidence: Evidence, model: EngineModel) -> list[Variant]:
+    if model.entry != "sampled":
+        return []
+    return [
+        Variant(model=replace(model, entry=name), detail=f"each number is the {name} of the completion's logprobs")
+        for name in MIXED
+    ]
 
 
 def placeholders(evidence: Evidence) -> dict[float, int]:
@@ -98,6 +108,13 @@ HYPOTHESES = (
         title="missing logprobs are filled with a constant",
         fix="fail or mask tokens without a logprob; never fill them in",
         variants=_placeholder,
+    ),
+    Hypothesis(
+        id="S14",
+        layer="semantic",
+        title="the number reported is not the token's own logprob",
+        fix="report each token's logprob by itself: no running sums or means, no limits",
+        variants=_mixed,
     ),
     Hypothesis(
         id="S10",

@@ -15,6 +15,14 @@ NEAR_DECLARED = (0.98, 0.99, 0.995, 1.005, 1.01, 1.02)
 """Between the declared temperature and its neighbours on the grid, from where a search finds the rest."""
 
 
+OWN_PENALTIES: dict[str, tuple[float, ...]] = {
+    "repetition_penalty": (0.9, 1.05, 1.1, 1.2, 1.3, 1.5),
+    "presence_penalty": (-0.5, 0.2, 0.5, 1.0, 1.5),
+    "frequency_penalty": (-0.5, 0.2, 0.5, 1.0, 1.5),
+}
+"""Penalties that an engine may apply to every request, where a search starts."""
+
+
 def _with(model: EngineModel, detail: str, **changes: object) -> list[Variant]:
     dist = replace(model.dist, **changes)  # type: ignore[arg-type]
     return [Variant(model=replace(model, dist=dist), detail=detail)] if dist != model.dist else []
@@ -107,7 +115,39 @@ def _declared_penalties(evidence: Evidence, model: EngineModel) -> list[Variant]
         detail = "engine's logprobs ignore the declared penalties; the trainer applies them"
         return _with(model, detail, **{n: getattr(plain, n) for n in names})
     detail = "engine applies the declared penalties, the trainer does not"
-    return _with(model, detail, **{n: getattr(evidence.case.processed, n) for n in names})
+    found = _with(model, detail, **{n: getattr(evidence.case.processed, n) for n in names})
+    return found or _own_penalties(evidence, model)
+
+
+def _own_penalties(evidence: Evidence, model: EngineModel) -> list[Variant]:
+    """Penalties that no request asked for and that every request gets; where fields are left out S5 looks for them."""
+    if model.dist.penalises:
+        return []
+    return [
+        v
+        for name, values in OWN_PENALTIES.items()
+        if name not in evidence.case.omitted
+        for value in values
+        for v in _with(model, f"the engine applies {name}={value:g} of its own", **{name: value})
+    ]
+
+
+def _closer_penalty(evidence: Evidence, variant: Variant, step: float) -> list[Variant]:
+    """Neighbours of a penalty that was found, or of a fitted bias."""
+    if variant.model.bias is not None:
+        return closer_bias(evidence, variant, step)
+    dist, declared = variant.model.dist, evidence.case.processed
+    moved = [n for n in OWN_PENALTIES if getattr(dist, n) != getattr(declared, n)]
+    if len(moved) != 1 or declared.penalises:
+        return []
+    name, value = moved[0], getattr(dist, moved[0])
+    near = [round(value + sign * 0.1 * step, 4) for sign in (-1, 1)]
+    return [
+        v
+        for n in near
+        if n > 0 or name != "repetition_penalty"
+        for v in _with(variant.model, f"the engine applies {name}={n:g} of its own", **{name: n})
+    ]
 
 
 HYPOTHESES = (
@@ -150,6 +190,6 @@ HYPOTHESES = (
         title="penalties or a logit bias are in the logprobs of one side only",
         fix="turn penalties, logit_bias, bad_words and min_tokens off for rollouts, or replay them in the trainer",
         variants=_penalties,
-        refine=closer_bias,
+        refine=_closer_penalty,
     ),
 )

@@ -1,21 +1,18 @@
 """WGT: the engine's weights are not those that the trainer scores with. Needs older checkpoints to compare with.
 
-W1 never synced, W2 so many versions behind, W3 some tensors behind, W5 a table never computed, W10 and W11 versions
-that change inside a sequence, W15 the head alone behind.
+W1 never synced, W2 so many versions behind, W3 some tensors behind, W5 a table never computed, W15 the head alone
+behind. Where tokens carry stamps: versions.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
 from trueup.model.substitute import EVERYTHING, HEAD
-from trueup.parity.evidence import EXACT, STAMPED, EngineModel, Evidence, render, skipped
+from trueup.parity.evidence import EXACT, EngineModel, Evidence
 from trueup.parity.hypotheses import Hypothesis, Variant
+from trueup.parity.hypotheses.versions import by_stamp
 
-TORN = 2.0
-"""Tokens next to a switch of versions that are this many times as far off as the rest were made by neither."""
 NO_CHECKPOINTS = "needs older weights to compare with (--checkpoints DIR...)"
 
 
@@ -27,7 +24,8 @@ def _first(evidence: Evidence, model: EngineModel) -> list[Variant]:
     labels = evidence.facts.checkpoints
     if not model.source.plain or not labels:
         return []
-    return [_under(model, labels[0], EVERYTHING, f"the engine fits the oldest weights given, {labels[0]}")]
+    whole = _under(model, labels[0], EVERYTHING, f"the engine fits the oldest weights given, {labels[0]}")
+    return [whole, *(v for v, kind in by_stamp(evidence, model) if kind == "W1")]
 
 
 def _behind(evidence: Evidence, model: EngineModel) -> list[Variant]:
@@ -38,7 +36,7 @@ def _behind(evidence: Evidence, model: EngineModel) -> list[Variant]:
         _under(model, label, EVERYTHING, f"the engine fits {label}, number {len(labels) - index} before the trainer's")
         for index, label in enumerate(labels)
         if index > 0
-    ]
+    ] + [v for v, kind in by_stamp(evidence, model) if kind == "W2"]
 
 
 def _some(evidence: Evidence, model: EngineModel) -> list[Variant]:
@@ -88,44 +86,12 @@ def _dummy_table(evidence: Evidence, model: EngineModel) -> list[Variant]:
     ]
 
 
-def _own_versions(evidence: Evidence, model: EngineModel) -> tuple[EngineModel, bool] | None:
-    """Every token under its stamped version, and whether tokens next to a switch are off by far more than the rest."""
-    if not model.source.plain or not evidence.facts.stamped or model.bias is not None or model.allowed:
-        return None
-    stamped = replace(model, source=replace(EXACT, weights=(STAMPED, EVERYTHING)))
-    whole = evidence.everything
-    off_T = (render(whole, stamped) - whole.tokens.engine_T).abs()
-    near_T, finite_T = skipped(whole.tokens, "boundary"), torch.isfinite(off_T)
-    near, far = off_T[near_T & finite_T], off_T[~near_T & finite_T]
-    torn = len(near) > 0 and len(far) > 0 and float(near.mean()) > TORN * float(far.mean())
-    return stamped, torn
-
-
-def _stamps(evidence: Evidence, model: EngineModel) -> list[Variant]:
-    found = _own_versions(evidence, model)
-    if found is None or found[1]:
-        return []
-    return [Variant(model=found[0], detail="every token fits the version stamped on it")]
-
-
-def _torn(evidence: Evidence, model: EngineModel) -> list[Variant]:
-    found = _own_versions(evidence, model)
-    if found is None or not found[1]:
-        return []
-    detail = "tokens fit the version stamped on them, except next to where it changes"
-    return [Variant(model=replace(found[0], skip="boundary"), detail=detail)]
-
-
 def _needs_checkpoints(evidence: Evidence) -> str | None:
     return None if evidence.facts.checkpoints else NO_CHECKPOINTS
 
 
 def _needs_two(evidence: Evidence) -> str | None:
     return None if len(evidence.facts.checkpoints) > 1 else "needs at least two older weights (--checkpoints DIR...)"
-
-
-def _needs_stamps(evidence: Evidence) -> str | None:
-    return None if evidence.facts.stamped else "no rollout here carries stamps of two known versions"
 
 
 HYPOTHESES = (
@@ -163,24 +129,6 @@ HYPOTHESES = (
         title="a buffer that no checkpoint stores was never computed (dummy load)",
         fix="start the engine from the real checkpoint, or recompute rotary tables and normalisers after loading",
         variants=_dummy_table,
-        simulates=True,
-    ),
-    Hypothesis(
-        id="W10",
-        layer="weights",
-        title="weights changed inside sequences; every token fits its own version",
-        fix="nothing is broken: score each token under its stamped version and correct per token",
-        variants=_stamps,
-        unseeable=_needs_stamps,
-        simulates=True,
-    ),
-    Hypothesis(
-        id="W11",
-        layer="weights",
-        title="an update was torn: tokens next to the switch fit neither version",
-        fix="pause the engine before weights are copied, resume after all of them are",
-        variants=_torn,
-        unseeable=_needs_stamps,
         simulates=True,
     ),
     Hypothesis(
