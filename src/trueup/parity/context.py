@@ -13,6 +13,10 @@ from typing import Any
 
 BOS_ADDED, BOS_REMOVED, RETOKENIZED = "BOS added", "BOS removed", "re-tokenized"
 TEMPLATED, SYSTEM_ADDED, GENERATION_PROMPT = "chat template applied", "default system prompt", "no assistant turn"
+BOS_TWICE = "two BOS added"
+SEPARATORS = {"\n": "a newline", "\n\n": "two newlines", " ": "a space"}
+BEHIND, IN_FRONT, NOT_BEHIND = "behind: ", "in front: ", "not behind: "
+"""Followed by a separator that is added behind the prompt or in front of it, or taken away behind it."""
 MARK = "X"
 LAST = "last "
 """Followed by a number: only that many tokens of the prompt are seen."""
@@ -41,9 +45,22 @@ class Contexts:
             return tuple(ids[-int(context.removeprefix(LAST)) :])
         if context == BOS_ADDED:
             return (self._bos, *ids) if self._bos is not None else tuple(ids)
+        if context == BOS_TWICE:
+            return (self._bos, self._bos, *ids) if self._bos is not None else tuple(ids)
+        for kind in (BEHIND, IN_FRONT, NOT_BEHIND):
+            if context.startswith(kind):
+                return self._separated(kind, context.removeprefix(kind), tuple(ids))
         if context == BOS_REMOVED:
             return tuple(ids[1:]) if ids[0] == self._bos and len(ids) > 1 else tuple(ids)
         return self._rendered(context, ids) or tuple(ids)
+
+    def _separated(self, kind: str, separator: str, ids: tuple[int, ...]) -> tuple[int, ...]:
+        if self.tokenizer is None:
+            return ids
+        added = tuple(self.tokenizer.encode(separator, add_special_tokens=False))
+        if kind == NOT_BEHIND:
+            return ids[: -len(added)] if ids[-len(added) :] == added and len(ids) > len(added) else ids
+        return ids + added if kind == BEHIND else added + ids
 
     def _rendered(self, context: str, ids: Sequence[int]) -> tuple[int, ...]:
         if self.tokenizer is None:
@@ -73,7 +90,8 @@ class Contexts:
 
     def offered(self, prompts: Sequence[Sequence[int]]) -> tuple[str, ...]:
         """Contexts, cuts aside, in which at least one of the prompts is another one."""
-        names = (BOS_ADDED, BOS_REMOVED, RETOKENIZED, TEMPLATED, SYSTEM_ADDED, GENERATION_PROMPT)
+        names = [BOS_ADDED, BOS_TWICE, BOS_REMOVED, RETOKENIZED, TEMPLATED, SYSTEM_ADDED, GENERATION_PROMPT]
+        names += [f"{kind}{separator}" for kind in (BEHIND, IN_FRONT, NOT_BEHIND) for separator in SEPARATORS]
         return tuple(n for n in names if any(self.applied(n, p) != tuple(p) for p in prompts))
 
 

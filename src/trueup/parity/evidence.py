@@ -38,7 +38,9 @@ class Source:
     most of what is changed). `simulation`: (name, parameter) of model/simulate.py. `context`: what was done to the
     prompt. `weights`: (label, pattern), other weights for the tensors whose name the pattern matches. `by_version`:
     (stamped version, label) pairs, other weights for the tokens that carry the stamp; all other tokens take the
-    trainer's. `head`: another head. `batching`: (wrong way to batch, rows per batch) of model/misbatched.py.
+    trainer's. `offset`: logits so many positions later than those before the token. `seen`: which tokens penalties
+    count, if not those that they should (a key of SEEN). `head`: another head. `batching`: (wrong way to batch, rows
+    per batch) of model/misbatched.py.
     """
 
     precision: str = "trainer"
@@ -46,6 +48,8 @@ class Source:
     context: str | None = None
     weights: tuple[str, str] | None = None
     by_version: tuple[tuple[int, str], ...] = ()
+    offset: int = 0
+    seen: str = ""
     head: HeadEdit = HeadEdit()
     batching: tuple[str, int] | None = None
 
@@ -55,6 +59,12 @@ class Source:
         return replace(self, precision="trainer") == TRAINER
 
 
+SEEN = {
+    "completion only": "the completion only, not the prompt",
+    "prompt counted": "the prompt as well as the completion",
+    "lagging": "all tokens but the latest",
+}
+"""Which tokens an engine's penalties may count, in words."""
 TRAINER = Source(precision="trainer")
 REFERENCE = Source(precision="reference")
 ENGINE = Source(precision="engine")
@@ -75,6 +85,8 @@ class Case:
     tag: str = ""
     omitted: tuple[str, ...] = ()
     """Sampling fields that the requests left to the engine."""
+    side: str = "engine"
+    """Whose numbers these are, the engine's or the trainer's."""
     drawn: bool = True
     """Whether the tokens are judged as draws: not where another setting holds the same tokens."""
 
@@ -110,7 +122,8 @@ class EngineModel:
     """A complete guess of how the engine's numbers came about; a hypothesis is one edit of it.
 
     `dist`: which distribution; `source`: whose logits; `entry`: the sampled token's logprob ("sampled"), the most
-    likely token's ("top"), or a statistic of those so far (a key of MIXED); `shift`: the number at position t describes
+    likely token's ("top"), or a statistic of those so far (a key of MIXED); `factor`: the logprob is multiplied by it;
+    `shift`: the number at position t describes
     token t + shift; `grid`: rounding in transport ("bf16", "fp16" or decimals such as "3 decimals"); `constant`:
     placeholder that stands where a number is missing; `bias`: (ids, nats added to their logits; -inf forbids them);
     `allowed`: ids of a grammar, all others forbidden; `skip`: tokens about which nothing is predicted (see `skipped`).
@@ -119,6 +132,7 @@ class EngineModel:
     dist: Distribution
     source: Source = TRAINER
     entry: str = "sampled"
+    factor: float = 1.0
     shift: int = 0
     grid: str | None = None
     constant: float | None = None
@@ -245,6 +259,8 @@ def render(evidence: Evidence, model: EngineModel) -> Tensor:
     if model.entry in MIXED:
         counts = torch.bincount(evidence.tokens.row_T, minlength=len(evidence.tokens.lines)).tolist()
         values_T = torch.cat([MIXED[model.entry](row_T) for row_T in values_T.split(counts)])
+    if model.factor != 1:
+        values_T = model.factor * values_T
     if model.bias is not None:
         values_T = _biased(evidence, model, values_T)
     if model.allowed:

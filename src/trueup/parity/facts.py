@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from trueup.model.load import LoadedModel
 
@@ -18,9 +19,11 @@ class Facts:
 
     `checkpoints`: labels of older weights, oldest first. `versions`: (version, label) of those whose version is
     recorded. `stamps`: the versions stamped on the tokens. `contexts`: what could have been done to the prompts.
-    `generation`: sampling defaults of generation_config.json. `tensor_kinds`: last names of tensors, e.g. "q_proj", an
-    untied head left out. `bf16_head`: the trainer or the engine as declared multiplies its head in bfloat16.
-    `batch_rows`: how many rows a trainer had to batch, 0 where the numbers are an engine's.
+    `rope_layers`: the types of layers that have rotary tables of their own; `rope_scaled`: whether a scaling is
+    configured for any; `window`: the width of the sliding window, if layers have one. `generation`: sampling defaults
+    of generation_config.json. `tensor_kinds`: last names of tensors, e.g. "q_proj", an untied head left out.
+    `bf16_head`: the trainer or the engine as declared multiplies its head in bfloat16. `batch_rows`: how many rows a
+    trainer had to batch, 0 where the numbers are an engine's.
     """
 
     checkpoints: tuple[str, ...] = ()
@@ -29,6 +32,9 @@ class Facts:
     contexts: tuple[str, ...] = ()
     vocab: int = 0
     rope_theta: float = ROPE_THETA
+    rope_layers: tuple[str, ...] = ()
+    rope_scaled: bool = False
+    window: int | None = None
     softcap: float | None = None
     eos_ids: tuple[int, ...] = ()
     generation: Mapping[str, float] = field(default_factory=dict)
@@ -54,8 +60,8 @@ def facts_of(
 ) -> Facts:
     """Read them off a loaded checkpoint."""
     config = model.lm.config
-    rope = getattr(config, "rope_parameters", None) or {}
-    theta = rope.get("rope_theta") if isinstance(rope, dict) else None
+    rope = _rope_parameters(config)
+    theta = next((p["rope_theta"] for p in rope.values() if p.get("rope_theta")), None)
     eos = getattr(config, "eos_token_id", None)
     stored = model.stored_tensors().items()
     head = set() if model.tied else {n for n, t in stored if t.data_ptr() == model.weight_VD.data_ptr()}
@@ -67,6 +73,9 @@ def facts_of(
         contexts=contexts,
         vocab=model.vocab_size,
         rope_theta=float(theta or getattr(config, "rope_theta", None) or ROPE_THETA),
+        rope_layers=tuple(name for name in rope if name),
+        rope_scaled=any(p.get("rope_type", "default") != "default" for p in rope.values()),
+        window=_window(config),
         softcap=model.softcap,
         eos_ids=tuple(eos if isinstance(eos, list) else [eos] if eos is not None else []),
         generation=generation_defaults(model.path),
@@ -74,6 +83,21 @@ def facts_of(
         bf16_head=bf16_head,
         batch_rows=batch_rows,
     )
+
+
+def _rope_parameters(config: Any) -> dict[str, dict[str, Any]]:
+    """The rotary parameters by type of layer; under "" where all layers share them."""
+    declared = getattr(config, "rope_parameters", None) or {}
+    by_layer = {name: dict(own) for name, own in declared.items() if isinstance(own, dict)}
+    return by_layer or {"": dict(declared)}
+
+
+def _window(config: Any) -> int | None:
+    """The width of the sliding window, None if no layer uses one."""
+    width = getattr(config, "sliding_window", None)
+    layers = getattr(config, "layer_types", None)
+    used = getattr(config, "use_sliding_window", True) and (layers is None or "sliding_attention" in layers)
+    return int(width) if width and used else None
 
 
 def _kind(name: str) -> str:

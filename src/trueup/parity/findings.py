@@ -11,12 +11,18 @@ from trueup.parity.hypotheses import Hypothesis
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """A supported cause. `explained` is the share of mean |r| on held-back tokens that this edit takes away."""
+    """A supported cause: `explained` is the share of mean |r| on held-back tokens that this edit takes away.
+
+    `title`, `fix` and `side` are those of the case of the cause that was found.
+    """
 
     hypothesis: Hypothesis
     detail: str
     explained: float
     confidence: str
+    title: str
+    fix: str
+    side: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -278,14 +278,7 @@ def _judge_rows(
     r: Tensor, row: Tensor, floor: Floor, limits: LimitsConfig, lines: Sequence[int]
 ) -> tuple[dict[str, float], str | None]:
     """Each row against what is predicted for itself; without a prediction of its own, against all rows'."""
-    found = torch.unique(row)
-    sums_S2 = row_sums(r.square(), row)
-    rms_S = (sums_S2[:, 0] / sums_S2[:, 1]).sqrt()
-    own_S = floor.of_rows([lines[int(i)] for i in found]) if lines else torch.full_like(rms_S, math.nan)
-    quantile = normal_quantile(limits.false_alarm_rate / len(found))
-    known = floor.shape.excess(sums_S2[:, 1], quantile) * own_S
-    unknown = floor.shape.excess(sums_S2[:, 1], quantile, spread=floor.shape.row_spread) * floor.rms
-    limit_S = limits.rms_factor * torch.where(own_S.isnan(), unknown, known)
+    found, rms_S, limit_S = _row_limits(r, row, floor, limits, lines)
     worst = int((rms_S / limit_S).argmax())
     far = int((rms_S > limit_S).sum()) if len(found) > 1 else 0
     numbers = {
@@ -297,6 +290,31 @@ def _judge_rows(
         f"{numbers['worst_row_rms']:.3g} nats where {numbers['worst_row_limit']:.3g} would be rounding"
     )
     return numbers, reason if far else None
+
+
+def rows_beyond(
+    r_T: Tensor, row_T: Tensor, floor: Floor, limits: LimitsConfig, *, lines: Sequence[int] = ()
+) -> list[int]:
+    """The values of row_T of rows that are off by themselves."""
+    usable = torch.isfinite(r_T)
+    if not bool(usable.any()):
+        return []
+    found, rms_S, limit_S = _row_limits(r_T[usable].double(), row_T[usable], floor, limits, lines)
+    return found[rms_S > limit_S].tolist()
+
+
+def _row_limits(
+    r: Tensor, row: Tensor, floor: Floor, limits: LimitsConfig, lines: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row: its value of row_T, its rms, and the largest rms that rounding allows it."""
+    found = torch.unique(row)
+    sums_S2 = row_sums(r.square(), row)
+    rms_S = (sums_S2[:, 0] / sums_S2[:, 1]).sqrt()
+    own_S = floor.of_rows([lines[int(i)] for i in found]) if lines else torch.full_like(rms_S, math.nan)
+    quantile = normal_quantile(limits.false_alarm_rate / len(found))
+    known = floor.shape.excess(sums_S2[:, 1], quantile) * own_S
+    unknown = floor.shape.excess(sums_S2[:, 1], quantile, spread=floor.shape.row_spread) * floor.rms
+    return found, rms_S, limits.rms_factor * torch.where(own_S.isnan(), unknown, known)
 
 
 def _judge_tokens(r: Tensor, floor: Floor, limits: LimitsConfig) -> tuple[dict[str, float], str | None]:

@@ -241,6 +241,8 @@ class LiveCheck:
         before = self.causes
         kept = verdicts.not_explained_by(reports, before)
         kept = verdicts.hidden_defaults(self.probes, reports, kept, drawn_apart=self.drawn_apart)
+        if any(c.id == "S5" for c in kept):  # what the engine adds to requests is why tokens are drawn otherwise
+            reports = [replace(r, causes=tuple(c for c in r.causes if c.subject != "draws")) for r in reports]
         gone = {c.id for c in before} - {c.id for c in kept}
         self.open |= dict.fromkeys(gone, "what its probe saw is accounted for by the causes named")
         reports, generation = self._decoding(reports, groups, kept)

@@ -99,7 +99,7 @@ class Fillers:
         if self._clamp(evidence, now):
             value = next(iter(self.counts))
             return Cause(
-                id="S14", layer="semantic", title=f"logprobs are clamped at {value:g}", confidence="high",
+                id="S14", layer="semantic", title=f"logprobs are clamped at {value:g}", confidence="high", side="log",
                 explained=1.0, fix="report each token's logprob as it is, without a lower limit",
                 evidence=f"{self.counts[value]} of {len(tokens)} tokens carry exactly {value:g}, the lowest number "
                 f"here, and each of them is less likely than that (first {', '.join(first)})",
@@ -107,7 +107,8 @@ class Fillers:
         values = ", ".join(f"{count} carry exactly {value:g}" for value, count in self.counts.items())
         off_T = now.residual_T.abs().masked_fill(~now.usable_T, 0.0)
         return Cause(
-            id="S9", layer="semantic", title="missing logprobs are filled with a constant", confidence="high",
+            id="S9", layer="semantic", side="log", confidence="high",
+            title="missing logprobs are filled with a constant",
             explained=float(off_T[self.at_T].sum() / off_T.sum().clamp_min(1e-300)),
             fix="fail or mask tokens without a logprob; never fill them in",
             evidence=f"of {len(tokens)} tokens {values}, which their probability rules out (first {', '.join(first)})",

@@ -199,13 +199,22 @@ class Scorer:
     ) -> list[TokenScores]:  # fmt: skip
         """Score on the model's device, answer on the CPU."""
         device = hidden_TD.device
-        prompts = tuple(p.to(device) for p in tokens.prompts)
-        history = History(row_T=tokens.row_T.to(device), prompts=prompts)
+        prompts = tuple(p[:0] if source.seen == "completion only" else p for p in tokens.prompts)
+        history = History(
+            row_T=tokens.row_T.to(device), prompts=tuple(p.to(device) for p in prompts),
+            prompt_counts=source.seen == "prompt counted", lag=1 if source.seen == "lagging" else 0,
+        )  # fmt: skip
+        if source.offset:
+            hidden_TD, missing_T = moved(hidden_TD, tokens.row_T.to(device), source.offset)
         found = token_scores_under(
             hidden_TD, self.head(source), tokens.targets_T.to(device), dists=dists, history=history,
             varentropy=varentropy,
         )  # fmt: skip
-        return [TokenScores(**{name: value.cpu() for name, value in columns(s).items()}) for s in found]
+        scores = [TokenScores(**{name: value.cpu() for name, value in columns(s).items()}) for s in found]
+        if source.offset:
+            hidden = missing_T.cpu()
+            scores = [replace(s, logprobs_T=s.logprobs_T.masked_fill(hidden, torch.nan)) for s in scores]
+        return scores
 
     def unfit(self, row: TraceRow) -> str | None:
         """Say why the model cannot score a row, None if it can."""
@@ -300,6 +309,14 @@ class Scorer:
         difference = sides[0] - sides[1]
         difference = difference[torch.isfinite(difference)]
         return float(difference.square().mean().sqrt()) if len(difference) else float("nan")
+
+
+def moved(hidden_TD: Tensor, row_T: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+    """States `offset` tokens later in the same row, and where there are none (those keep their own)."""
+    index_T = torch.arange(len(row_T), device=row_T.device)
+    other_T = (index_T + offset).clamp(0, len(row_T) - 1)
+    missing_T = (row_T[other_T] != row_T) | (other_T != index_T + offset)
+    return hidden_TD[torch.where(missing_T, index_T, other_T)], missing_T
 
 
 def columns(scores: TokenScores) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from trueup.parity.compare import Residual, residual
 from trueup.parity.draws import Draws, is_top, judge_draws, not_judged, origin_of
 from trueup.parity.evidence import ENGINE, EXACT, REFERENCE, TRAINER, EngineModel, Evidence
 from trueup.parity.findings import Attribution
-from trueup.parity.floor import Floor, Judgement, judge, predict
+from trueup.parity.floor import Floor, Judgement, judge, predict, rows_beyond
 from trueup.parity.grouping import Setting, halves
 from trueup.parity.hypotheses import all_hypotheses
 from trueup.parity.hypotheses.versions import versions_apart
@@ -22,11 +22,13 @@ from trueup.parity.invariants import INVARIANTS, broken_invariants, positive_log
 from trueup.parity.logged_trainer import describe, rows_with_trainer
 from trueup.parity.marks import at_edge, fillers, without
 from trueup.parity.replicas import divide
-from trueup.parity.report import TRIED, Cause, Points, SettingReport
+from trueup.parity.report import TRIED, Cause, SettingReport
 from trueup.parity.scorer import Scorer
-from trueup.policy.diagnostics import diagnose
+from trueup.parity.write_up import causes_of, edges_of, empty_report, gap_of, in_rows, points_of, unexplained_part
 from trueup.trace import TraceRow
 
+FITTING_ROWS = 0.25
+"""Share of the rows that must fit before those that do not are looked at by themselves."""
 NOISE_ROWS = 2
 """Rows a setting that are also scored one at a time, for the trainer's batch-shape noise."""
 FP64_TOKENS = 384
@@ -152,7 +154,9 @@ class SettingJudge:
         rows = usable_rows(setting)
         if not rows:
             verdict_now = "mismatch" if broken else "inconclusive"
-            return Judged(report=_empty(setting, verdict_now, "no row could be compared", tuple(broken)), found=None)
+            return Judged(
+                report=empty_report(setting, verdict_now, "no row could be compared", tuple(broken)), found=None
+            )
         floors: dict[object, Floor] = {}
 
         def floor_of(model: EngineModel) -> Floor:
@@ -166,16 +170,22 @@ class SettingJudge:
         note = describe(self.scorer.evidence(setting.case, logged), logged, seen.floor.rms) if logged else None
         if nothing_else:
             why = "every logprob is a filler: none was recorded"
-            return Judged(report=_empty(setting, "mismatch", why, tuple(broken)), found=None, note=note)
+            return Judged(report=empty_report(setting, "mismatch", why, tuple(broken)), found=None, note=note)
         divided = divide(seen.rows, seen.now, seen.floor, self.limits) if seen.mismatch else None
         if divided is not None:  # the good replicas have nothing to explain
             broken = [divided.cause(), *broken]
         odd = [r for r in seen.rows if divided is None or r.replica in divided.bad]
         found = self._search(setting, seen, odd, floor_of, given=given, excluded=excluded)
-        causes = [*broken, *_causes(found)] if seen.mismatch else broken
+        where, inside_T = "", None
+        if seen.mismatch and not (found.findings and found.judgement.within) and (some := self._odd_rows(seen)):
+            other = self._search(setting, seen, [seen.rows[i] for i in some], floor_of, given=None, excluded=excluded)
+            if other.findings and other.judgement.within:
+                found, where = other, in_rows(seen.rows, some)
+                inside_T = torch.isin(seen.now.row_T, torch.tensor(some))
+        causes = [*broken, *causes_of(found, setting.case, where)] if seen.mismatch else broken
         draws, drawn_wrong = self._draws(seen, found)
         causes += [drawn_wrong] if drawn_wrong is not None else []
-        return Judged(report=self._report(setting, seen, found, causes, draws), found=found, note=note)
+        return Judged(report=self._report(setting, seen, found, causes, draws, inside_T), found=found, note=note)
 
     def _look(self, setting: Setting, rows: Sequence[TraceRow], floor_of: Callable[[EngineModel], Floor]) -> Seen:
         """Compare rows with the trainer; tokens at the edge of a kept set are counted and left out."""
@@ -238,6 +248,12 @@ class SettingJudge:
             fit=fit, held=held, hypotheses=hypotheses, floor_of=floor_of, limits=self.limits, deadline=self.deadline
         ).run(mismatch=seen.mismatch, given=given)
 
+    def _odd_rows(self, seen: Seen) -> list[int]:
+        """Rows that are off by themselves, if others fit: what is wrong with some only shows among themselves."""
+        r_T = seen.now.residual_T.masked_fill(~seen.now.usable_T, torch.nan)
+        far = rows_beyond(r_T, seen.now.row_T, seen.floor, self.limits, lines=seen.evidence.tokens.lines)
+        return far if 1 < len(far) <= (1 - FITTING_ROWS) * len(seen.rows) else []
+
     def _draws(self, seen: Seen, found: Attribution) -> tuple[Draws, Cause | None]:
         """Judge the tokens as draws, from the distribution that explains their numbers."""
         case = seen.evidence.case
@@ -261,8 +277,10 @@ class SettingJudge:
         return draws, origin_of(seen.evidence, draws, model) if draws.verdict == "mismatch" else None
 
     def _report(
-        self, setting: Setting, seen: Seen, found: Attribution, causes: list[Cause], draws: Draws
-    ) -> SettingReport:
+        self, setting: Setting, seen: Seen, found: Attribution, causes: list[Cause], draws: Draws,
+        inside_T: Tensor | None,
+    ) -> SettingReport:  # fmt: skip
+        """`inside_T` marks the tokens that the causes are about, None for all of them."""
         evidence, verdict, now, limits = seen.evidence, seen.verdict, seen.now, self.limits
         outcome = "mismatch" if causes or seen.mismatch else "agree"
         why = "; ".join([*seen.reasons, *([draws.why] if draws.verdict == "mismatch" else [])])
@@ -291,9 +309,12 @@ class SettingJudge:
         fixed, unexplained = None, None
         if outcome == "mismatch" and seen.mismatch:
             left = residual(evidence, found.model)
+            if inside_T is not None:
+                r_T = torch.where(inside_T, left.residual_T, now.residual_T)
+                left = replace(left, residual_T=r_T, usable_T=torch.where(inside_T, left.usable_T, now.usable_T))
             if found.findings:
-                fixed = _gap(left.residual_T, left.usable_T, evidence) | {"floor_rms": found.floor.rms}
-            unexplained = _unexplained(found, self._left(left, found, evidence) if found.findings else verdict)
+                fixed = gap_of(left.residual_T, left.usable_T, evidence) | {"floor_rms": found.floor.rms}
+            unexplained = unexplained_part(found, self._left(left, found, evidence) if found.findings else verdict)
             if unexplained is not None and (said := versions_apart(evidence, left.residual_T)) is not None:
                 unexplained["text"] = said
         noise = self.scorer.batch_shape_noise(usable_rows(setting)[:NOISE_ROWS], setting.case)
@@ -303,9 +324,9 @@ class SettingJudge:
             why=why,
             rows=len(setting.rows),
             tokens=verdict.tokens,
-            edge_tokens=_edges(evidence, seen.edge_T),
+            edge_tokens=edges_of(evidence, seen.edge_T),
             singleton_tokens=int((scores.kept_T == 1).sum()),
-            gap=_gap(now.residual_T, now.usable_T, evidence),
+            gap=gap_of(now.residual_T, now.usable_T, evidence),
             fixed=fixed,
             noise_floor=seen.floor.as_dict() | {"batch_shape_rms": noise},
             judgement={n: getattr(verdict, n) for n in verdict.__dataclass_fields__},
@@ -316,70 +337,10 @@ class SettingJudge:
             untested=untested,
             kept_mass=float(scores.log_kept_mass_T.double().exp().mean()) if setting.case.processed.truncates else None,
             draws=draws.as_dict(),
-            points=_points(evidence, now),
+            points=points_of(evidence, now),
         )
 
     def _left(self, left: Residual, found: Attribution, evidence: Evidence) -> Judgement:
         """What the causes leave, over all rows: a gap in the fitting half counts as well."""
         r_T = left.residual_T.masked_fill(~left.usable_T, torch.nan)
         return judge(r_T, left.row_T, found.floor, self.limits, lines=evidence.tokens.lines)
-
-
-def _gap(residual_T: torch.Tensor, usable_T: torch.Tensor, evidence: Evidence) -> dict[str, object]:
-    """Diagnostics of a residual over its usable tokens."""
-    if not bool(usable_T.any()):
-        return {}
-    engine_T = evidence.tokens.engine_T[usable_T]
-    return diagnose(engine_T + residual_T[usable_T], engine_T, evidence.tokens.row_T[usable_T]).as_dict()
-
-
-def _edges(evidence: Evidence, edge_T: torch.Tensor) -> tuple[dict[str, int], ...]:
-    tokens = evidence.tokens
-    return tuple(
-        {"line": tokens.lines[int(tokens.row_T[t])], "token": int(tokens.position_T[t]), "id": int(tokens.targets_T[t])}
-        for t in edge_T.nonzero()[:, 0].tolist()
-    )
-
-
-def _causes(found: Attribution) -> list[Cause]:
-    return [
-        Cause(
-            id=f.hypothesis.id, layer=f.hypothesis.layer, title=f.hypothesis.title, confidence=f.confidence,
-            explained=f.explained, fix=f.hypothesis.fix, evidence=f.detail,
-        )
-        for f in found.findings
-    ]  # fmt: skip
-
-
-def _unexplained(found: Attribution, left: Judgement) -> dict[str, object] | None:
-    """What is left after the causes, and in whose layer it must be looked for."""
-    if not left.reasons:
-        return None
-    numeric = left.rms < 10 * found.floor.rms
-    return {
-        "layer": "inference" if numeric else "unknown",
-        "text": "numeric, unexplained" if numeric else "unexplained: too large for rounding; weights or inputs differ",
-        "rms": left.rms,
-        "floor_rms": found.floor.rms,
-        "reasons": list(left.reasons),
-    }
-
-
-def _points(evidence: Evidence, now: Residual) -> Points:
-    """What the figures are drawn from."""
-    tokens, usable_T = evidence.tokens, now.usable_T
-    return Points(
-        engine=tuple(tokens.engine_T[usable_T].tolist()),
-        trainer=tuple((tokens.engine_T + now.residual_T)[usable_T].tolist()),
-        position=tuple(tokens.position_T[usable_T].tolist()),
-        line=tuple(tokens.lines[int(r)] for r in tokens.row_T[usable_T]),
-    )
-
-
-def _empty(setting: Setting, verdict: str, why: str, causes: tuple[Cause, ...]) -> SettingReport:
-    label = setting.case.label()
-    return SettingReport(
-        label=label, verdict=verdict, why=why, rows=len(setting.rows), tokens=0, edge_tokens=(), singleton_tokens=0,
-        gap={}, fixed=None, noise_floor={}, judgement={}, causes=tuple(replace(c, settings=(label,)) for c in causes),
-        unexplained=None, ambiguous=(), ruled_out=(), untested={}, kept_mass=None,
-    )  # fmt: skip

@@ -14,6 +14,7 @@ from trueup.parity.grouping import Setting
 from trueup.parity.hypotheses import all_hypotheses
 from trueup.parity.probes import Probed, outcome, paired_values
 from trueup.parity.report import Cause, SettingReport
+from trueup.parity.sides import TRAINER
 from trueup.parity.workbench import Workbench
 from trueup.trace import TraceRow
 
@@ -44,7 +45,9 @@ def judge_logged(
         return None
     bench.scorer.batched = rows
     try:
-        own = replace(setting, rows=tuple(rows), case=replace(setting.case, tag=setting.case.tag + TAG, drawn=False))
+        own = replace(
+            setting, rows=tuple(rows), case=replace(setting.case, tag=setting.case.tag + TAG, side=TRAINER, drawn=False)
+        )
         return bench.judge(own, excluded=excluded).report
     finally:
         bench.scorer.batched = ()
@@ -56,8 +59,9 @@ def _asked(trainer: Trainer, rows: Sequence[TraceRow]) -> list[tuple[float, ...]
 
 def _cause(cause_id: str, title: str, fix: str, probe: Probed) -> Cause:
     return Cause(
-        id=cause_id, layer="trainer", title=title, confidence="high", explained=None, fix=fix, evidence=probe.text
-    )
+        id=cause_id, layer="trainer", title=title, confidence="high", explained=None, fix=fix, evidence=probe.text,
+        side=TRAINER,
+    )  # fmt: skip
 
 
 def probe_trainer(trainer: Trainer, rows: Sequence[TraceRow], limit_rms: float) -> tuple[list[Probed], list[Cause]]:

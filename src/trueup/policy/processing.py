@@ -9,7 +9,7 @@ split exact ties at the cut by sort order; here ties are kept. Only a bf16 head 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class Distribution:
 
     Order, as in vLLM: repetition, frequency and presence penalty; temperature; then min-p before (V1) or after (V0)
     top-k and top-p. `min_p_first` is that one difference; with top-p in force the two keep different sets.
+    `temperature_last` is llama.cpp's order: kept sets are those of T=1, and what is kept is tempered.
     """
 
     temperature: float = 1.0
@@ -40,6 +41,7 @@ class Distribution:
     top_k: int = 0
     min_p: float = 0.0
     min_p_first: bool = True
+    temperature_last: bool = False
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -82,10 +84,16 @@ class Distribution:
 @dataclass(frozen=True, kw_only=True)
 class History:
     """Which tokens had been seen before each scored token: `row_T` numbers the completion a token belongs to
-    (tokens of a completion in order), `prompts[row]` holds that completion's prompt ids."""
+    (tokens of a completion in order), `prompts[row]` holds that completion's prompt ids.
+
+    Engines that count otherwise: with `prompt_counts` presence and frequency see the prompt as well; `lag` is how many
+    of the latest tokens are not seen yet.
+    """
 
     row_T: Tensor
     prompts: tuple[Tensor, ...]
+    prompt_counts: bool = False
+    lag: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +121,10 @@ class SeenTokens:
             one_hot = torch.zeros(len(index), len(vocabulary), device=targets_T.device)
             one_hot[torch.arange(len(index), device=index.device), inverse[len(prompt) :]] = 1
             count = one_hot.cumsum(0) - one_hot
+            if history.lag:
+                count = torch.cat([torch.zeros_like(count[: history.lag]), count[: -history.lag]])[: len(count)]
+            if history.prompt_counts:
+                count += torch.bincount(inverse[: len(prompt)], minlength=len(vocabulary)).to(count)
             seen = count > 0
             seen[:, inverse[: len(prompt)]] = True
             at, which = seen.nonzero(as_tuple=True)
@@ -189,6 +201,8 @@ def kept_cut(logits_CV: Tensor, ranked_CK: Tensor, dist: Distribution) -> Tensor
     keeps ties with the k-th; top-p keeps a token while the mass ranked above it is below p, so at least one; min-p
     keeps p_i >= min_p p_max.
     """
+    if dist.temperature_last:
+        dist = replace(dist, temperature=1.0)
     max_C = ranked_CK[:, 0]
     cut_C = torch.full_like(max_C, -math.inf)
     min_p_cut_C = max_C + dist.temperature * math.log(dist.min_p) if dist.min_p else cut_C

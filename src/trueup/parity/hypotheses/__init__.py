@@ -20,10 +20,17 @@ LAYERS = ("semantic", "tokenization", "weights", "inference", "trainer", "object
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One edit of an engine model; `detail` says in words what this engine did, with the fitted value in it."""
+    """One edit of an engine model; `detail` says in words what this engine did, with the fitted value in it.
+
+    `title`, `fix` and `side` stand for the hypothesis' own where a variant is another case of it, for instance the
+    other way round.
+    """
 
     model: EngineModel
     detail: str
+    title: str = ""
+    fix: str = ""
+    side: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +43,7 @@ class Hypothesis:
     None. `simulates` marks causes that need further forward passes and are tried only when nothing cheaper explains the
     gap, on a few tokens first unless `screened` is off (every row must be run anyway); `numeric` those that could only
     leave a small gap; `redraws` those under which the tokens too are drawn from what is reported, not from what was
-    declared.
+    declared. `side`: whose fault it is, "engine", "trainer" or "log" (what was reported or written down).
     """
 
     id: str
@@ -50,6 +57,7 @@ class Hypothesis:
     screened: bool = True
     numeric: bool = False
     redraws: bool = False
+    side: str = "engine"
 
     def __post_init__(self) -> None:
         assert self.layer in LAYERS, self.layer

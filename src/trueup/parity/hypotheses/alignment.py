@@ -6,21 +6,33 @@ from dataclasses import replace
 
 import torch
 
-from trueup.parity.evidence import EngineModel, Evidence, render, skipped
+from trueup.parity.evidence import EXACT, EngineModel, Evidence, render, skipped
 from trueup.parity.hypotheses import Hypothesis, Variant
 
 SHIFTS = (-3, -2, -1, 1, 2, 3)
+OFFSETS = (-1, 1)
 
 
 def _shift(evidence: Evidence, model: EngineModel) -> list[Variant]:
-    if model.shift:
+    if model.shift or model.source.offset:
         return []
-    return [
+    found = [
         Variant(
             model=replace(model, shift=k),
             detail=f"the number stored at position t is the logprob of token t{k:+d}",
         )
         for k in SHIFTS
+    ]
+    if not model.source.plain:
+        return found
+    return found + [
+        Variant(
+            model=replace(model, source=replace(EXACT, offset=k)),
+            detail=f"token t is scored with logits that are {abs(k)} position too {'late' if k > 0 else 'early'}",
+            title="logits and tokens are not shifted against each other as they should be",
+            fix="score token t with the logits of position t-1: logits[:, :-1] against ids[:, 1:], once",
+        )
+        for k in OFFSETS
     ]
 
 
@@ -50,6 +62,7 @@ def _synthetic_end(evidence: Evidence, model: EngineModel) -> list[Variant]:
 HYPOTHESES = (
     Hypothesis(
         id="T1",
+        side="log",
         layer="tokenization",
         title="logprobs are shifted against the tokens",
         fix="realign: entry t must describe completion token t",
@@ -57,6 +70,7 @@ HYPOTHESES = (
     ),
     Hypothesis(
         id="T7",
+        side="log",
         layer="tokenization",
         title="the last token was appended, not sampled",
         fix="keep the real end token with its logprob, or mask an appended one out of the loss",

@@ -50,6 +50,7 @@ def _needs_trainer(evidence: Evidence) -> str | None:
 HYPOTHESES = (
     Hypothesis(
         id="T8",
+        side="trainer",
         layer="tokenization",
         title="the trainer takes end tokens for padding",
         fix="use a padding token of its own, or mask by length instead of by id",
@@ -58,6 +59,7 @@ HYPOTHESES = (
     ),
     Hypothesis(
         id="R2",
+        side="trainer",
         layer="trainer",
         title="the trainer pads on the left without position ids",
         fix="pass position_ids that start at 0 in each row, or pad on the right",
@@ -68,6 +70,7 @@ HYPOTHESES = (
     ),
     Hypothesis(
         id="R3",
+        side="trainer",
         layer="trainer",
         title="sequences of a pack see the ones before them",
         fix="pass cu_seqlens or a block-diagonal mask, and position ids that restart",
@@ -78,6 +81,7 @@ HYPOTHESES = (
     ),
     Hypothesis(
         id="R4",
+        side="trainer",
         layer="trainer",
         title="the trainer attends to padding",
         fix="pass the attention mask, or pad on the right",

@@ -2,47 +2,106 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import replace
 
-from trueup.model.altered import ALTERATIONS
+from trueup.model.altered import words_of
 from trueup.parity.evidence import EXACT, EngineModel, Evidence, HeadEdit
 from trueup.parity.hypotheses import Hypothesis, Variant
+from trueup.parity.recipe import flag_of
 
 THETA_FACTORS = (0.03, 0.1, 0.3, 0.6, 0.9, 1.1, 1.6, 3.0, 10.0, 30.0)
 LINEAR_FACTORS = (1.05, 1.2, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 WINDOWS = (4, 8, 16, 32, 64, 128, 256, 512)
 SOFTCAPS = (2.0, 4.0, 8.0, 15.0, 20.0, 30.0, 50.0, 100.0, 200.0)
 SCALES = (0.5, 0.7, 0.85, 0.95, 0.99, 1.01, 1.05, 1.2, 1.5, 2.0)
+SCALING_FACTORS = (2.0, 4.0, 8.0)
+USUAL_BASES = (10_000.0, 500_000.0, 1_000_000.0)
+ROPE_FLAGS = ("rope_scaling", "rope_parameters", "rope_theta")
+WORDS = {
+    "window_ignored": {
+        "title": "the engine's attention ignores the sliding window that the trainer's has",
+        "fix": "serve with the window (no --disable-sliding-window, a backend that knows windows), or train without it",
+    },
+    "window_resized": {
+        "title": "the engine's sliding window is not as wide as the trainer's",
+        "fix": "the same sliding_window on both sides: serve the trainer's config.json",
+    },
+    "rope_unscaled": {
+        "title": "the engine leaves out the rotary scaling that the trainer's configuration asks for",
+        "fix": "serve the trainer's config.json, or pass its rope_parameters (--hf-overrides), or train without",
+    },
+}
+"""Titles and fixes of cases that differ from the usual one."""
 PADDED = tuple(2**k for k in range(11))
 OCTAVE = 1.4
 """A step of 1 multiplies or divides a number by this; rotary bases are searched ten times as widely."""
 
 
 def _altered(model: EngineModel, name: str, value: float) -> Variant:
-    words = ALTERATIONS[name][0].format(value)
     source = replace(EXACT, simulation=(name, value))
-    return Variant(model=replace(model, source=source), detail=f"the engine computes like a model with {words}")
+    words = words_of(name, value)
+    return Variant(
+        model=replace(model, source=source), detail=f"the engine computes like a model with {words}",
+        **WORDS.get(name, {}),
+    )  # fmt: skip
 
 
 def _edited(model: EngineModel, head: HeadEdit, words: str) -> Variant:
     return Variant(model=replace(model, source=replace(EXACT, head=head)), detail=f"engine fits {words}")
 
 
+def declared_rope(evidence: Evidence) -> str | None:
+    """The rotary parameters that the engine's own flags declare, as JSON; None if they declare none."""
+    flags = evidence.case.engine.flags
+    overrides = flag_of(flags, "hf_overrides")
+    if isinstance(overrides, str):
+        try:
+            overrides = json.loads(overrides)
+        except (ValueError, RecursionError):
+            overrides = None
+    given = {**overrides} if isinstance(overrides, Mapping) else {}
+    given |= {name: value for name in ROPE_FLAGS if (value := flag_of(flags, name)) is not None}
+    found: dict[str, object] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        value = given.get(name)
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError):
+                continue
+        found |= value if isinstance(value, Mapping) else {}
+    if isinstance(given.get("rope_theta"), int | float):
+        found["rope_theta"] = given["rope_theta"]
+    return json.dumps(found, sort_keys=True, default=str) if found else None
+
+
 def _rope(evidence: Evidence, model: EngineModel) -> list[Variant]:
+    """What the flags declare, no scaling, other scalings, other bases; in one type of layer where there are several."""
     if not model.source.plain:
         return []
-    theta = evidence.facts.rope_theta
-    bases = {theta * factor for factor in THETA_FACTORS}
-    return [_altered(model, "rope_theta", base) for base in sorted(bases - {theta})] + [
-        _altered(model, "rope_linear", factor) for factor in LINEAR_FACTORS
-    ]
+    facts = evidence.facts
+    declared = declared_rope(evidence)
+    found = [_altered(model, f"rope_declared@{declared}", 0.0)] if declared else []
+    found += [_altered(model, "rope_unscaled", 0.0)] if facts.rope_scaled else []
+    found += [_altered(model, name, factor) for name in ("rope_yarn", "rope_llama3") for factor in SCALING_FACTORS]
+    for layers in ("", *(f"@{name}" for name in facts.rope_layers)):
+        bases = {facts.rope_theta * factor for factor in THETA_FACTORS} | ({*USUAL_BASES} if layers else set())
+        found += [_altered(model, f"rope_theta{layers}", base) for base in sorted(bases - {facts.rope_theta})]
+        found += [_altered(model, f"rope_linear{layers}", factor) for factor in LINEAR_FACTORS]
+    return found
 
 
 def _window(evidence: Evidence, model: EngineModel) -> list[Variant]:
+    """A window where there should be none; where there is one, none or another."""
     if not model.source.plain:
         return []
     longest = max(len(p) for p in evidence.tokens.prompts) + int(evidence.tokens.position_T.max())
-    return [_altered(model, "window", w) for w in WINDOWS if w < longest]
+    own = evidence.facts.window
+    found = [_altered(model, "window_ignored", 0.0)] if own is not None else []
+    name = "window" if own is None else "window_resized"
+    return found + [_altered(model, name, w) for w in WINDOWS if w < longest and w != own]
 
 
 def _mask(evidence: Evidence, model: EngineModel) -> list[Variant]:
@@ -86,10 +145,11 @@ def _finer(evidence: Evidence, variant: Variant, step: float) -> list[Variant]:
     factors = (OCTAVE**step, OCTAVE**-step)
     if source.simulation is not None:
         name, value = source.simulation
-        if name == "window":
+        kind = name.partition("@")[0]
+        if kind in ("window", "window_resized"):
             return [_altered(model, name, n) for n in whole_neighbours(value, step)]
-        wider = (factors[0] ** 3, factors[1] ** 3) if name == "rope_theta" else factors
-        if name not in ("rope_theta", "rope_linear", "embedding_scale"):
+        wider = (factors[0] ** 3, factors[1] ** 3) if kind == "rope_theta" else factors
+        if kind not in ("rope_theta", "rope_linear", "rope_yarn", "rope_llama3", "embedding_scale"):
             return []
         return [_altered(model, name, n) for n in (*(value * factor for factor in wider), *rounded(value))]
     if head.softcap is not None:

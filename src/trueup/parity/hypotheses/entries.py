@@ -97,6 +97,7 @@ def _transport_grid(evidence: Evidence, model: EngineModel) -> list[Variant]:
 HYPOTHESES = (
     Hypothesis(
         id="S8",
+        side="log",
         layer="semantic",
         title="the most likely token's logprob is read instead of the sampled one's",
         fix="read the logprob by token id, not the first entry of the returned dictionary",
@@ -104,6 +105,7 @@ HYPOTHESES = (
     ),
     Hypothesis(
         id="S9",
+        side="log",
         layer="semantic",
         title="missing logprobs are filled with a constant",
         fix="fail or mask tokens without a logprob; never fill them in",
@@ -111,6 +113,7 @@ HYPOTHESES = (
     ),
     Hypothesis(
         id="S14",
+        side="log",
         layer="semantic",
         title="the number reported is not the token's own logprob",
         fix="report each token's logprob by itself: no running sums or means, no limits",
@@ -118,6 +121,7 @@ HYPOTHESES = (
     ),
     Hypothesis(
         id="S10",
+        side="log",
         layer="semantic",
         title="logprobs are rounded in transport",
         fix="carry logprobs as float32 with all digits",

@@ -17,6 +17,16 @@ WORDS = {
     context.TEMPLATED: "wrapped in the chat template",
     context.SYSTEM_ADDED: "with the template's default system turn in front",
     context.GENERATION_PROMPT: "without the opening of the assistant's turn",
+    context.BOS_TWICE: "with two BOS tokens in front",
+}
+SEPARATED = {
+    f"{kind}{separator}": f"{words} {name} {where}"
+    for separator, name in context.SEPARATORS.items()
+    for kind, words, where in (
+        (context.BEHIND, "with", "behind them"),
+        (context.IN_FRONT, "with", "in front of them"),
+        (context.NOT_BEHIND, "without", "at their end"),
+    )
 }
 
 
@@ -29,7 +39,7 @@ def _in(model: EngineModel, name: str, words: str) -> Variant:
 def _offered(evidence: Evidence, model: EngineModel, *names: str) -> list[Variant]:
     if not model.source.plain:
         return []
-    return [_in(model, name, WORDS[name]) for name in names if name in evidence.facts.contexts]
+    return [_in(model, name, (WORDS | SEPARATED)[name]) for name in names if name in evidence.facts.contexts]
 
 
 def _cut(evidence: Evidence, model: EngineModel) -> list[Variant]:
@@ -68,7 +78,7 @@ HYPOTHESES = (
         layer="tokenization",
         title="a BOS token is doubled or missing",
         fix="send token ids, or set add_special_tokens=false where the template writes BOS itself",
-        variants=lambda e, m: _offered(e, m, context.BOS_ADDED, context.BOS_REMOVED),
+        variants=lambda e, m: _offered(e, m, context.BOS_ADDED, context.BOS_TWICE, context.BOS_REMOVED),
         simulates=True,
     ),
     Hypothesis(
@@ -76,7 +86,9 @@ HYPOTHESES = (
         layer="tokenization",
         title="the engine renders another chat template than the trainer",
         fix="render the template once, in the trainer, and send token ids; or ship the same template file to both",
-        variants=lambda e, m: _offered(e, m, context.TEMPLATED, context.SYSTEM_ADDED, context.GENERATION_PROMPT),
+        variants=lambda e, m: _offered(
+            e, m, context.TEMPLATED, context.SYSTEM_ADDED, context.GENERATION_PROMPT, *SEPARATED
+        ),
         simulates=True,
     ),
     Hypothesis(

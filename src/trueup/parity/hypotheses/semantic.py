@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from trueup.parity.bias import bias_variants, closer_bias
-from trueup.parity.evidence import EngineModel, Evidence
+from trueup.parity.evidence import EXACT, SEEN, EngineModel, Evidence
 from trueup.parity.hypotheses import Hypothesis, Variant
 from trueup.policy.processing import Distribution
 
@@ -63,8 +63,9 @@ def _wrong_temperature(evidence: Evidence, model: EngineModel) -> list[Variant]:
     if model.dist.temperature not in (declared, evidence.case.trainer_distribution.temperature):
         return []
     near = {round(declared * factor, 6) for factor in NEAR_DECLARED}
+    variants: list[Variant] = []
+    variants += _divided(model, declared)
     candidates = {round(declared**2, 6), 1.0, *evidence.case.other_temperatures, *TEMPERATURE_GRID, *near}
-    variants = []
     for temperature in sorted(candidates - {declared, model.dist.temperature}):
         if temperature <= 0:
             continue
@@ -75,15 +76,40 @@ def _wrong_temperature(evidence: Evidence, model: EngineModel) -> list[Variant]:
     return variants
 
 
+def _divided(model: EngineModel, declared: float) -> list[Variant]:
+    """The raw logprob divided by T: what comes of tempering after the softmax. Nothing sums to 1 any more."""
+    if declared == 1 or model.factor != 1:
+        return []
+    return [
+        Variant(
+            model=replace(model, dist=Distribution(), factor=1 / declared),
+            detail=f"engine fits the raw logprob divided by T={declared:g}, not renormalised",
+            title="logprobs are divided by the temperature, not logits",
+            fix="divide logits by T before log_softmax; a logprob divided by T is not one of any distribution",
+        )
+    ]
+
+
 def _truncation(evidence: Evidence, model: EngineModel) -> list[Variant]:
     dist = evidence.case.processed
     if model.dist.truncates:
         detail = "engine's logprobs are of the full vocabulary; the trainer renormalises on the kept set"
-        return _with(model, detail, top_p=1.0, top_k=0, min_p=0.0)
+        return _with(model, detail, top_p=1.0, top_k=0, min_p=0.0) + _temperature_last(model)
     named = " ".join(f"{n}={getattr(dist, n):g}" for n in ("top_p", "top_k", "min_p") if getattr(dist, n) not in (0, 1))
     detail = f"engine renormalises on the kept set ({named}), the trainer scores the full vocabulary: r = log S"
     changes = {n: getattr(dist, n) for n in ("top_p", "top_k", "min_p", "min_p_first")}
-    return _with(model, detail, **changes) if dist.truncates else []
+    found = _with(model, detail, **changes) if dist.truncates else []
+    return [replace(v, side="trainer") for v in found]
+
+
+def _temperature_last(model: EngineModel) -> list[Variant]:
+    """The kept set of T=1, tempered afterwards: it shows at other temperatures, where a mass is measured."""
+    if model.dist.temperature == 1 or (model.dist.top_p == 1 and not model.dist.min_p):
+        return []
+    found = _with(model, "engine measures the kept set at T=1 and applies the temperature last", temperature_last=True)
+    title = "the engine measures the kept set of top-p or min-p before the temperature, the trainer after it"
+    fix = "one order on both sides (vLLM: temperature first), or top_p=1 and min_p=0 for rollouts"
+    return [replace(v, title=title, fix=fix) for v in found]
 
 
 def _truncation_unseeable(evidence: Evidence) -> str | None:
@@ -105,7 +131,24 @@ def _closer_temperature(evidence: Evidence, variant: Variant, step: float) -> li
 
 
 def _penalties(evidence: Evidence, model: EngineModel) -> list[Variant]:
-    return [*_declared_penalties(evidence, model), *bias_variants(evidence, model)]
+    counted = [*_other_tokens(model)] if model.dist.penalises else []
+    return [*_declared_penalties(evidence, model), *counted, *bias_variants(evidence, model)]
+
+
+def _other_tokens(model: EngineModel) -> list[Variant]:
+    """The declared penalties, counted over other tokens than vLLM counts."""
+    if not model.source.plain:
+        return []
+    return [
+        Variant(
+            model=replace(model, source=replace(EXACT, seen=name)),
+            detail=f"the engine's penalties count {words}",
+            title="the engine's penalties count other tokens than the trainer's",
+            fix="repetition_penalty sees prompt and completion, presence and frequency the completion (as in vLLM); or "
+            "turn penalties off for rollouts",
+        )
+        for name, words in SEEN.items()
+    ]
 
 
 def _declared_penalties(evidence: Evidence, model: EngineModel) -> list[Variant]:
@@ -116,7 +159,7 @@ def _declared_penalties(evidence: Evidence, model: EngineModel) -> list[Variant]
         return _with(model, detail, **{n: getattr(plain, n) for n in names})
     detail = "engine applies the declared penalties, the trainer does not"
     found = _with(model, detail, **{n: getattr(evidence.case.processed, n) for n in names})
-    return found or _own_penalties(evidence, model)
+    return [replace(v, side="trainer") for v in found] or _own_penalties(evidence, model)
 
 
 def _own_penalties(evidence: Evidence, model: EngineModel) -> list[Variant]:
@@ -165,6 +208,7 @@ HYPOTHESES = (
         title="trainer does not apply the temperature the engine samples with",
         fix="divide the trainer's logits by the rollout's temperature before log_softmax",
         variants=_temperature_applied,
+        side="trainer",
         unseeable=_temperature_unseeable,
     ),
     Hypothesis(
