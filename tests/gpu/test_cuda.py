@@ -10,7 +10,7 @@ from tests.conftest import DATA
 from tests.semantics.test_shared_prompts import rows_of_groups
 
 from trueup.knobs import CheckConfig
-from trueup.model.altered import ALTERATIONS, ROTARY
+from trueup.model.altered import ALTERATIONS
 from trueup.model.load import load_model
 from trueup.model.misbatched import BATCHINGS, misbatched_states
 from trueup.model.packed import open_policy, packed_hidden_states

@@ -13,15 +13,18 @@ import torch
 from trueup.config import build_config
 from trueup.engines import tether
 from trueup.engines.embedded.options import Fault
-from trueup.errors import ConfigError
+from trueup.errors import ConfigError, MismatchError
 from trueup.model.load import load_model
 from trueup.model.packed import open_policy
 from trueup.model.tiny import make_tiny
+from trueup.monitor.rundir import RunFolder
 from trueup.pipeline.audit import sampled, shared_beginning, with_old_keys
 from trueup.pipeline.canary import Canary
 from trueup.pipeline.components import Bench, mixes_versions
+from trueup.pipeline.watch import ParityWatch
 from trueup.presets import PRESETS
 from trueup.types import CacheLife, LogprobKind, Prompt, Rollout, RolloutGroup, SamplingParams
+from trueup.weights.store import WeightStore
 
 
 def rollout(prompt=(1, 2, 3), *, versions=(0, 0, 0, 0), lives=()):
@@ -77,7 +80,7 @@ def test_a_rollout_mixes_versions_if_a_token_attended_to_anothers_keys(versions,
 
 
 @pytest.fixture
-def canary(tmp_path):
+def make_canary(tmp_path):
     """Of a tiny policy whose version v has its head scaled by 1 + v / 10."""
     model = open_policy(load_model(make_tiny(tmp_path / "tiny"), dtype=torch.float32), bitwise=False)
     start = {n: p.detach().clone() for n, p in model.lm.named_parameters()}
@@ -85,7 +88,13 @@ def canary(tmp_path):
     def tensors_of(version):
         return {n: p * (1 + version / 10) if p.ndim == 2 else p for n, p in start.items()}
 
-    return Canary(Bench(model, tensors_of, head_dtype=torch.float32, share_prompts=True, micro_tokens=1024))
+    bench = Bench(model, tensors_of, head_dtype=torch.float32, share_prompts=True, micro_tokens=1024)
+    return lambda: Canary(bench, tmp_path / "parity" / "canary.json", lambda: range(20))
+
+
+@pytest.fixture
+def canary(make_canary):
+    return make_canary()
 
 
 def test_an_engine_that_follows_its_updates_is_silent(canary):
@@ -116,6 +125,79 @@ def test_engines_are_judged_apart(canary):
         assert canary.judge(engine, 0, canary.expected(0)) is None
     assert canary.judge(0, 1, canary.expected(1)) is None
     assert canary.judge(1, 1, canary.expected(0)).id == "W1"
+
+
+def test_an_engine_that_lags_from_the_first_look_on_is_w2(canary):
+    """The auditor was started again at version 5: its first look is no measure if an older version fits."""
+    found = canary.judge(0, 5, canary.expected(4))
+    assert (found.id, found.fits) == ("W2", 4) and "first look" in found.evidence
+    for version in range(6, 10):
+        assert canary.judge(0, version, canary.expected(version - 1)).id == "W2"
+
+
+def test_an_engine_that_is_far_off_at_the_first_look_is_no_measure_of_itself(canary):
+    found = canary.judge(0, 5, canary.expected(5) + 3.0)
+    assert found.id is None and "3 nats" in found.evidence
+    assert not canary.memory.exists()
+
+
+def test_a_canary_remembers_its_engine_across_restarts(make_canary):
+    first = make_canary()
+    assert first.judge(0, 0, first.expected(0) + 1e-5) is None
+    again = make_canary()
+    found = again.judge(0, 6, again.expected(6) + 5e-3)
+    assert found.id is None, "within what a first look allows, and a hundred times what was measured before"
+    assert again.judge(0, 7, again.expected(7) + 1e-5) is None
+
+
+def watch(folder, *, accepted=(), every=0):
+    settings = build_config({"audit": {"every": every}})
+    (folder / "weights").mkdir(parents=True, exist_ok=True)
+    return ParityWatch(settings, folder, WeightStore(folder / "weights"), accepted=accepted, announce=lambda line: None)
+
+
+def alarm(cause, evidence="rms 1"):
+    return {"id": cause, "title": "t", "fix": "f", "evidence": evidence, "by": "audit"}
+
+
+def test_an_alarm_stops_a_resumed_run_again_unless_it_is_accepted(tmp_path):
+    first = watch(tmp_path)
+    first.batch = 10
+    with pytest.raises(MismatchError, match="--accept-mismatch W12 --resume"):
+        first._alarm([alarm("W12")])
+    plain = watch(tmp_path)
+    with pytest.raises(MismatchError, match="stopped by batch 10.*--accept-mismatch W12"):
+        plain.require_accepted()
+    knowing = watch(tmp_path, accepted=["W12"])
+    knowing.require_accepted()
+    knowing.batch = 11
+    knowing._alarm([alarm("W12")])
+    knowing.batch = 20
+    with pytest.raises(MismatchError, match="W1 t"):
+        knowing._alarm([alarm("W12"), alarm("W1")])
+    with pytest.raises(MismatchError, match="stopped by batch 20, by audit: W1"):
+        watch(tmp_path, accepted=["W12"]).require_accepted()
+
+
+def test_an_unnamed_gap_does_not_silence_a_later_one(tmp_path):
+    first = watch(tmp_path)
+    for batch in (5, 10):
+        first.batch = batch
+        with pytest.raises(MismatchError, match="--accept-mismatch unnamed"):
+            first._alarm([alarm(None)])
+    assert [a["batch"] for a in watch(tmp_path).alarms] == [5, 10]
+    watch(tmp_path, accepted=["unnamed"]).require_accepted()
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [("vllm", "flags", ("--seed=3",)), ("vllm", "version", "0.18.1"), ("vllm", "dtype", "float32")],
+)
+def test_a_vllm_run_is_not_resumed_with_another_vllm(tmp_path, section, name, value):
+    RunFolder.create(tmp_path / "run", build_config({}), {}).close()
+    with pytest.raises(ConfigError, match=f"{section}.{name} is .* now and was"):
+        RunFolder.resume(tmp_path / "run", build_config({section: {name: value}}))
+    RunFolder.resume(tmp_path / "run", build_config({section: {"port": 9}})).close()
 
 
 @pytest.mark.parametrize("name", list(PRESETS))

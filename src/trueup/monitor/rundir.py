@@ -21,10 +21,11 @@ MAY_CHANGE = (
     "train.steps", "train.checkpoint_every", "train.keep_checkpoints", "train.run", "train.from_log",
     "rollout.eval_every", "rollout.keep_weights", "rollout.retries", "rollout.timeout_s", "task.score_timeout_s",
     "rollout.min_ess", "rollout.concurrency", "rollout.engines", "rollout.score_workers", "task.held_out",
+    "vllm.environments", "vllm.run", "vllm.host", "vllm.port", "vllm.reserved_cores", "vllm.start_timeout_s",
 )  # fmt: skip
 """Knobs that do not decide what a batch computes: a resumed run may have other ones."""
 ACCEPTED = Path("parity") / "accepted.json"
-OWN_SECTIONS = ("train", "objective", "correction", "optimizer", "task", "rollout", "sampling", "engine")
+OWN_SECTIONS = ("train", "objective", "correction", "optimizer", "task", "rollout", "sampling", "engine", "vllm")
 
 
 def config_of(path: Path) -> Config:

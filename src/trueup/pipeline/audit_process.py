@@ -44,7 +44,8 @@ class _Child:
 
         self.auditor = Auditor(run)
         torch.set_num_threads(self.auditor.config.audit.threads)
-        self.canary = Canary(self.auditor.bench)
+        store = self.auditor.store
+        self.canary = Canary(self.auditor.bench, run / "parity" / "canary.json", lambda: (0, *store.versions()))
         self.frozen: dict[str, Any] | None = None
         self.known = 0
         """Audits in a row that were off since causes were looked for; 0: look for them."""

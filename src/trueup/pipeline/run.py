@@ -128,9 +128,12 @@ class _Run:
         """The run from its beginning, or from where it was."""
         config, steps = self.config, self.config.train.steps
         assert steps is not None
+        self.watch.require_accepted()
         report = preflight(config, self.fleet.processes, self.path, accepted=self.accepted, announce=self.announce)
         self.watch.wait_until_ready()
         self._start_trainer()
+        if config.train.bitwise:
+            self._require_same_arithmetic()
         self._serve(self.trainer.version)
         self.done = len(self.batches)
         self.fleet.after(self.done)
@@ -158,6 +161,14 @@ class _Run:
         draw_run(self.path, self.path / "curves.png")
         self.folder.write("summary.json", summary)
         return summary
+
+    def _require_same_arithmetic(self) -> None:
+        """Raise ModelError where an engine cannot have the trainer's bits: another thread count, for instance."""
+        from trueup.model.bitwise import require_same_arithmetic
+
+        assert self.trainer.arithmetic is not None
+        for engine in filter(None, self.fleet.engines):
+            require_same_arithmetic(self.trainer.arithmetic, engine.status().arithmetic)
 
     def _actor(self) -> Actor:
         """The actor, with what an earlier part of the run had made and not trained on."""

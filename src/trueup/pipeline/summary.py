@@ -35,7 +35,7 @@ def summarise(run: Path) -> dict[str, Any]:
         "pause_share": sum(pauses) / seconds if seconds else None,
         "audits": len(audits),
         "audit_backend_over_floor_max": max(over, default=None),
-        "alarms": [f"{a['id']} at batch {a['batch']}" for a in alarms],
+        "alarms": [f"{a['id'] or 'unnamed'} at batch {a['batch']}" for a in alarms],
     }
 
 

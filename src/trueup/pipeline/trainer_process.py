@@ -5,7 +5,7 @@ is a function of the log and of the batches taken so far, so a new process that 
 checkpoint on has the same weights to the last bit.
 
     parent                                trainer
-    (start)                     ->        {"ready": true, "batches": 10, "version": 10}
+    (start)                     ->        {"ready": true, "batches": 10, "version": 10, "arithmetic": null}
     {"groups": [41, 38]}        ->        {"batches": 11, "version": 11, "metrics": {...}, "weights": PATH, ...}
 """
 
@@ -26,12 +26,20 @@ ANSWERS = "trainer.jsonl"
 
 
 class TrainerProcess(ChildProcess):
-    """The parent's side. `batches` and `version` are where the trainer stands."""
+    """The parent's side. `batches` and `version` are where the trainer stands; `arithmetic` is its, in bitwise mode."""
+
+    arithmetic: dict[str, object] | None = None
 
     def __init__(self, run: Path) -> None:
         """Start it on a run folder."""
         self.batches = self.version = 0
         super().__init__("trueup.pipeline.trainer_process", run, name="trainer")
+
+    def wait_until_ready(self) -> dict[str, Any]:
+        """See ChildProcess.wait_until_ready."""
+        ready = super().wait_until_ready()
+        self.arithmetic = ready["arithmetic"]
+        return ready
 
     def train(self, groups: Sequence[int]) -> None:
         """Ask for a batch. Raises ChildGone."""
@@ -71,6 +79,12 @@ class _Child:
         digest = checkpoint_digest(train.model)
         self.state = self.checkpoints.load(self.trainer, model_digest=digest)
 
+    def arithmetic(self) -> dict[str, object] | None:
+        """In bitwise mode, what an engine must share with this process for their bits to be equal."""
+        from trueup.model.bitwise import arithmetic
+
+        return arithmetic() if self.train.bitwise else None
+
     def where(self) -> dict[str, Any]:
         """How far it is."""
         return {"batches": self.state.batches, "version": self.state.version}
@@ -108,7 +122,7 @@ def main() -> None:
     def start() -> tuple[dict[str, Any], Any]:
         child = _Child(run)
         held.append(child)
-        return child.where(), child.batch
+        return child.where() | {"arithmetic": child.arithmetic()}, child.batch
 
     serve_parent(run, start, lambda: held[0].finish())
 

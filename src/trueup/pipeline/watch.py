@@ -20,6 +20,7 @@ from trueup.pipeline.audit_process import AuditProcess
 from trueup.pipeline.child import ChildGone
 from trueup.weights.store import WeightStore
 
+UNNAMED = "unnamed"
 AUDITS, ALARMS = "audits.jsonl", "alarms.jsonl"
 CANARY_TIMEOUT_S = 60.0
 LAST_ANSWERS_S = 120.0
@@ -40,6 +41,8 @@ class ParityWatch:
         self.alarms: list[dict[str, Any]] = read_lines(run / ALARMS)
         self.audits: list[dict[str, Any]] = read_lines(run / AUDITS)
         self.batch = 0
+        self._raised: set[tuple[str | None, int | None]] = set()
+        """Ids of alarms since the run was started, and the batches of those without one."""
         self._since: list[dict[str, Any]] = []
         """Batches after the last audit, that one included."""
         self._pending: list[dict[str, Any]] = []
@@ -155,19 +158,47 @@ class ParityWatch:
             self._alarm([{"evidence": "; ".join(audit["reasons"])} | cause | where for cause in causes])
 
     def _alarm(self, found: Sequence[dict[str, Any]]) -> None:
-        """Write alarms down, each id once, and stop the run unless all of them were accepted."""
-        new = [f for f in found if f["id"] not in {a["id"] for a in self.alarms}]
-        for alarm in new:
-            record = {"batch": self.batch} | alarm
+        """Write alarms down, each id once since the run was started, and stop the run unless all of them were accepted.
+
+        A gap without a name is an alarm of its own at every batch: the next one may have another reason.
+        """
+        stopping = [f for f in found if accepted_as(f) not in self.accepted] if self.config.stop else []
+        for alarm in found:
+            key = (alarm["id"], None if alarm["id"] else self.batch)
+            if key in self._raised:
+                continue
+            self._raised.add(key)
+            record = {"batch": self.batch} | alarm | {"stopped": alarm in stopping}
             append_line(self.run / ALARMS, record)
             self.alarms.append(record)
             self.announce(f"ALARM      {describe(record)}")
-        stopping = [f for f in new if f["id"] not in self.accepted]
-        if stopping and self.config.stop:
+        if stopping:
             raise MismatchError(
                 f"{'; '.join(describe({'batch': self.batch} | f) for f in stopping)}. Fix: {stopping[0]['fix']}. The "
-                f"evidence is in {self.run / ALARMS}; --accept-mismatch ID --resume goes on knowingly"
+                f"evidence is in {self.run / ALARMS}; {go_on(stopping)}"
             )
+
+    def require_accepted(self) -> None:
+        """Raise MismatchError if an alarm stopped the run the last time and is not accepted now."""
+        stopped = [a for a in self.alarms if a.get("stopped")]
+        last = [a for a in stopped if a["batch"] == stopped[-1]["batch"]]
+        refused = [a for a in last if accepted_as(a) not in self.accepted]
+        if refused:
+            raise MismatchError(
+                f"the run was stopped by {'; '.join(describe(a) for a in refused)}. Fix: {refused[0]['fix']}. "
+                f"Mended or not, {go_on(refused)}"
+            )
+
+
+def accepted_as(alarm: dict[str, Any]) -> str:
+    """The word with which --accept-mismatch accepts an alarm: its id, or "unnamed"."""
+    return str(alarm["id"] or UNNAMED)
+
+
+def go_on(alarms: Sequence[dict[str, Any]]) -> str:
+    """How to go on after alarms."""
+    words = " ".join(f"--accept-mismatch {word}" for word in dict.fromkeys(map(accepted_as, alarms)))
+    return f"{words} --resume goes on knowingly"
 
 
 def describe(alarm: dict[str, Any]) -> str:
