@@ -187,6 +187,7 @@ class TrainConfig(_Section):
     groups: int = Field(8, ge=1, description="prompts a batch, each with all its completions")
     epochs: int = Field(1, ge=1, le=100, description="times a batch is gone through")
     minibatches: int = Field(1, ge=1, description="optimiser steps each time, over an equal share of the prompts")
+    seed: int = Field(0, ge=0, lt=2**31, description="of the order of prompts in the minibatches of a batch")
     dtype: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="of the forward pass and of published weights: the engine's; masters are float32"
     )
@@ -228,6 +229,11 @@ class RolloutConfig(_Section):
     timeout_s: float = Field(300.0, gt=0, description="a group that takes longer has failed")
     score_workers: int = Field(1, ge=1, description="processes that compute rewards")
     eval_every: int = Field(10, ge=1, description="batches between evaluations on held-out prompts")
+    late: Literal["drop", "train"] = Field(
+        "drop",
+        description="what becomes of groups beyond max_lag: dropped, which selects short completions, or trained on "
+        "all the same, which needs a correction",
+    )
     keep_weights: int = Field(8, ge=2, description="published versions that stay on disk")
     seed: int = Field(0, ge=0, lt=2**31, description="of the completions")
     update: Literal["in_flight", "drain", "synchronous"] = Field(

@@ -50,6 +50,14 @@ def test_batch_normalised_by_advantages_and_by_rewards():
         adv.batch_normalised(REWARD, GROUP, spread_of="both")
 
 
+def test_the_spread_of_a_batch_is_that_of_the_sequences_that_take_part():
+    reward, group = torch.tensor([0.0, 1.0, 2.0, 1.0, 1.0, 1.0]), torch.tensor([0, 0, 0, 1, 1, 1])
+    kept = torch.tensor([True] * 3 + [False] * 3)
+    close(adv.batch_normalised(reward, group, kept_S=kept, eps=0.0), [-1.0, 0.0, 1.0, 0.0, 0.0, 0.0])
+    spread = math.sqrt(2 / 5)  # an advantage of exactly 0 counts, that of a group that takes part above all
+    close(adv.batch_normalised(reward, group, eps=0.0), [-1 / spread, 0.0, 1 / spread, 0.0, 0.0, 0.0])
+
+
 def test_zero_variance_groups_are_dropped_whole():
     reward = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 0.0])
     assert adv.varies(reward, torch.tensor([0, 0, 1, 1, 2, 2])).tolist() == [False, False, True, True, False, False]

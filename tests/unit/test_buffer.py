@@ -4,7 +4,9 @@ import random
 
 import pytest
 
+from trueup.config import build_config
 from trueup.pipeline.buffer import Finished, RolloutBuffer
+from trueup.pipeline.run import must_drop
 
 
 def finished(number, oldest):
@@ -26,6 +28,23 @@ def test_what_is_too_old_is_dropped_and_counted():
         buffer.add(finished(number, oldest))
     assert [g.number for g in buffer.take(5)] == [1, 3]
     assert buffer.dropped == [0, 2]
+
+
+def test_late_groups_are_kept_if_that_is_asked_for():
+    buffer = RolloutBuffer(groups_per_batch=2, max_lag=1, late=True)
+    for number, oldest in enumerate((3, 4, 3, 5)):
+        buffer.add(finished(number, oldest))
+    assert [g.number for g in buffer.take(5)] == [0, 1] and not buffer.dropped
+    assert buffer.take(6, max_lag=0) == [] and [g.number for g in buffer.last_dropped] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("rollout", "warns"),
+    [({}, False), ({"concurrency": 64, "max_lag": 4}, True), ({"concurrency": 32, "engines": 2, "max_lag": 4}, True),
+     ({"concurrency": 64, "max_lag": 4, "late": "train"}, False), ({"concurrency": 64, "update": "synchronous"}, False)],
+)  # fmt: skip
+def test_a_configuration_that_must_drop_groups_is_told_so(rollout, warns):
+    assert (must_drop(build_config({"rollout": rollout, "train": {"groups": 8}})) is not None) == warns
 
 
 @pytest.mark.parametrize("max_lag", [0, 1, 3])

@@ -166,7 +166,7 @@ def test_an_alarm_stops_a_resumed_run_again_unless_it_is_accepted(tmp_path):
     with pytest.raises(MismatchError, match="--accept-mismatch W12 --resume"):
         first._alarm([alarm("W12")])
     plain = watch(tmp_path)
-    with pytest.raises(MismatchError, match="stopped by batch 10.*--accept-mismatch W12"):
+    with pytest.raises(MismatchError, match=r"stopped by batch 10.*--accept-mismatch W12"):
         plain.require_accepted()
     knowing = watch(tmp_path, accepted=["W12"])
     knowing.require_accepted()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from trueup.engines.base import Engine, GenerationRequest, RolloutFailure
 from trueup.errors import EngineError, TrainingError
 from trueup.knobs import RolloutConfig, SamplingConfig
-from trueup.pipeline.buffer import Finished, RolloutBuffer
+from trueup.pipeline.buffer import RolloutBuffer, finished
 from trueup.pipeline.rollout_log import RolloutLog
 from trueup.tasks.prompts import PromptSource
 from trueup.tasks.scoring import NotScored, ScoringPool
@@ -100,7 +100,7 @@ class Actor:
             if isinstance(group, NoGroup):
                 return self._came_to_nothing(group)
             logged = self.log.append(group)
-            self.buffer.add(Finished(number=logged, oldest_version=group.oldest_version))
+            self.buffer.add(finished(logged, group))
             self._failed_in_a_row = 0
             self.counts["groups"] += 1
             self.counts["generated_tokens"] += sum(len(r.token_ids) for r in group.rollouts)

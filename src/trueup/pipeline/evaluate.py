@@ -20,7 +20,12 @@ EVALUATION = "evaluation"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """Mean reward over `scored` prompts, its standard error, and how many completions came to nothing."""
+    """Mean reward over `scored` completions, and its standard error over prompts.
+
+    A completion that the engine did not finish (a time-out, for instance) earns 0: left out, it would raise the mean as
+    completions grow too long. Completions that could not be scored are left out; `failed` counts both kinds. Two
+    evaluations use the same prompts and the same random numbers, so that their errors are not independent.
+    """
 
     reward: float
     error: float
@@ -52,13 +57,16 @@ def evaluate(
     answers = {prompt.prompt_id: prompt.answer for prompt in prompts}
     made = [r for r in results if not isinstance(r, RolloutFailure)]
     found = scoring.score([(answers[r.prompt.prompt_id], source.decode(r.token_ids)) for r in made])
-    rewards = [reward for reward in found if not isinstance(reward, NotScored)]
-    if not rewards:
+    scored = [reward for reward in found if not isinstance(reward, NotScored)]
+    unfinished = len(results) - len(made)
+    rewards = [*scored, *[0.0] * unfinished]
+    if not scored:
         reasons = [r.reason for r in (*results, *found) if isinstance(r, RolloutFailure | NotScored)]
         error = TrainingError if made else EngineError
         raise error(f"none of {len(prompts)} held-out completions has a reward; the first: {reasons[0]}")
     mean = math.fsum(rewards) / len(rewards)
     spread = math.sqrt(math.fsum((r - mean) ** 2 for r in rewards) / max(1, len(rewards) - 1))
     return Evaluation(
-        reward=mean, error=spread / math.sqrt(len(rewards)), scored=len(rewards), failed=len(prompts) - len(rewards)
-    )
+        reward=mean, error=spread / math.sqrt(len(rewards)), scored=len(rewards),
+        failed=len(prompts) - len(scored),
+    )  # fmt: skip

@@ -41,13 +41,18 @@ OTHERWISE: dict[str, Any] = {
     "old": "decoupled", "drop_zero_variance": False, "drop_overlong": False, "low": None, "high": None,
     "max_ratio": None,
 }  # fmt: skip
-ADVANTAGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "group_mean": advantages.group_mean,
-    "leave_one_out": advantages.leave_one_out,
-    "std_normalised": advantages.std_normalised,
-    "batch_normalised": advantages.batch_normalised,
-    "batch_normalised_rewards": lambda r, g: advantages.batch_normalised(r, g, spread_of="rewards"),
+ADVANTAGES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "group_mean": lambda reward_S, group_S, kept_S: advantages.group_mean(reward_S, group_S),
+    "leave_one_out": lambda reward_S, group_S, kept_S: advantages.leave_one_out(reward_S, group_S),
+    "std_normalised": lambda reward_S, group_S, kept_S: advantages.std_normalised(reward_S, group_S),
+    "batch_normalised": lambda reward_S, group_S, kept_S: advantages.batch_normalised(reward_S, group_S, kept_S=kept_S),
+    "batch_normalised_rewards": lambda reward_S, group_S, kept_S: advantages.batch_normalised(
+        reward_S, group_S, spread_of="rewards", kept_S=kept_S
+    ),
 }
+"""From rewards, groups and the sequences that take part to advantages, each [S]."""
+SEQUENCE_WEIGHTS = ("truncate_sequences", "mask_sequences")
+"""Corrections whose weight is one number per sequence."""
 WEIGHTS = ("truncate_tokens", "truncate_sequences", "mask_tokens", "mask_sequences")
 """Corrections that multiply by the ratio; the others only reject."""
 BOUNDS = {"geometric_band": ("lower", "upper"), "k3_rejection": ("upper",)} | dict.fromkeys(WEIGHTS, ("lower", "upper"))
@@ -86,15 +91,15 @@ class Recipe:
     def advantages(self, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
         """Advantages [S] and which sequences take part [S].
 
-        Advantages are of all sequences of a group; filters come after, so that they do not change anybody's baseline.
+        A group's baseline is of all its sequences, so that filters change nobody's. The spread of a whole batch is of
+        the sequences that take part: otherwise the step would grow as more groups are filtered out.
         """
-        advantage_S = ADVANTAGES[self.advantage](batch.reward_S, batch.group_S)
         kept_S = torch.ones_like(batch.kept_S)
         if self.drop_zero_variance:
             kept_S &= advantages.varies(batch.reward_S, batch.group_S)
         if self.drop_overlong:
             kept_S &= advantages.not_overlong([f.finish_reason for f in batch.facts])
-        return advantage_S, kept_S
+        return ADVANTAGES[self.advantage](batch.reward_S, batch.group_S, kept_S), kept_S
 
     def surrogate(self, logprobs_T: Tensor, old_T: Tensor, advantage_T: Tensor, row_T: Tensor) -> Surrogate:
         """The objective's loss a token."""
@@ -120,9 +125,11 @@ class Recipe:
                 found = getattr(corrections, kind)(log_ratio_T, **bounds)
             case kind:
                 found = getattr(corrections, kind)(log_ratio_T, row_T, **bounds)
+        if self.normalise:
+            found = found.normalised(row_T if self.correction in SEQUENCE_WEIGHTS else None)
         if self.veto is not None:
             found = found.then(corrections.veto(log_ratio_T, row_T, lower=self.veto))
-        return found.normalised() if self.normalise else found
+        return found
 
 
 def recipe_of(config: Config) -> Recipe:
@@ -142,6 +149,18 @@ def recipe_of(config: Config) -> Recipe:
         raise ConfigError(
             f"objective.old = bypass puts pi/mu into the objective already; correction.kind = {correction.kind} would "
             "weigh the same gap a second time. Use old = decoupled, or a correction that only rejects"
+        )
+    several = config.train.epochs * config.train.minibatches > 1
+    if chosen["old"] == OldPolicy.INTERPOLATED and several and (correction.kind != "none" or correction.vcpo_ess):
+        raise ConfigError(
+            "objective.old = interpolated guesses pi_prox from mu after the first of several optimiser steps: a "
+            "correction would see no gap at all in fresh tokens. Use old = decoupled, one minibatch and epoch, or no "
+            "correction"
+        )
+    if config.rollout.late == "train" and correction.kind == "none" and chosen["old"] != OldPolicy.BYPASS:
+        raise ConfigError(
+            "rollout.late = train takes groups beyond max_lag, whose ratio pi_prox/mu nothing bounds: name a "
+            "correction.kind (truncate_tokens, mask_tokens, ...), or objective.old = bypass"
         )
     if chosen["kl"] and objective.kl_estimator == ("k2" if objective.kl_unbiased else "k1"):
         raise ConfigError(

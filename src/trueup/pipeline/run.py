@@ -18,15 +18,15 @@ from contextlib import ExitStack
 from typing import Any, TypeVar
 
 from trueup.config import Config
-from trueup.errors import ConfigError, EngineError, TrainingError
+from trueup.errors import ConfigError, EngineError, NothingToLearn, TrainingError
 from trueup.monitor.curves import draw_run
 from trueup.monitor.metric_log import MetricLog, append_line, read_lines
 from trueup.monitor.rundir import RunFolder, accept
 from trueup.monitor.sinks import Sinks
 from trueup.pipeline.actor import Actor
-from trueup.pipeline.buffer import Finished, RolloutBuffer
+from trueup.pipeline.buffer import Finished, RolloutBuffer, finished
 from trueup.pipeline.child import ChildGone
-from trueup.pipeline.evaluate import Evaluation, evaluate
+from trueup.pipeline.evaluate import evaluate
 from trueup.pipeline.fleet import POLL_S, Fleet
 from trueup.pipeline.interrupt import stop_on_signals
 from trueup.pipeline.preflight import preflight
@@ -50,6 +50,19 @@ RESTARTS = 5
 FOLDERS = ("logs", "weights", "rollouts", "parity")
 Announce = Callable[[str], None]
 Result = TypeVar("Result")
+
+
+def must_drop(config: Config) -> str | None:
+    """Say so where a configuration leads to dropped groups whatever the lengths are; None where it does not."""
+    rollout, groups = config.rollout, config.train.groups
+    flying, room = rollout.engines * rollout.concurrency, groups * rollout.max_lag
+    if rollout.late == "train" or rollout.update != "in_flight" or not rollout.max_lag or flying <= room:
+        return None
+    return (
+        f"{flying} groups are under way at once and {room} can be trained on within max_lag = {rollout.max_lag}: slow "
+        "groups, those with long completions, will be dropped. Lower rollout.concurrency, raise rollout.max_lag, or "
+        "set rollout.late = train with a correction"
+    )
 
 
 def train(
@@ -116,11 +129,15 @@ class _Run:
         self.metrics = MetricLog(self.path / "metrics.jsonl", batches=len(self.batches))
         self.buffer = RolloutBuffer(
             groups_per_batch=config.train.groups, max_lag=config.rollout.max_lag, taken=len(self.batches),
-            synchronous=config.rollout.update == "synchronous",
+            synchronous=config.rollout.update == "synchronous", late=config.rollout.late == "train",
         )  # fmt: skip
         self.sinks = Sinks(config.monitor.sinks, self.path)
         stack.callback(self.sinks.close)
+        self.updated = {r["version"] for r in read_lines(self.path / "updates.jsonl")}
+        self.evaluated = {r["batch"] for r in read_lines(self.path / "evaluations.jsonl")}
         self.generated_tokens = 0
+        self.late_groups: list[Finished] = []
+        """Groups that were dropped since the last batch."""
         self.on_policy = False
         """Whether the next batch takes groups of the served version only (rollout.min_ess)."""
 
@@ -137,8 +154,10 @@ class _Run:
         self._serve(self.trainer.version)
         self.done = len(self.batches)
         self.fleet.after(self.done)
-        if not self.batches:
-            self._evaluate(0)
+        if self.done % config.rollout.eval_every == 0 and self.done < steps:
+            self._evaluate(self.done)
+        if (warning := must_drop(config)) is not None:
+            self.announce(f"rollouts   {warning}")
         actor = self._actor()
         actor.start()
         try:
@@ -160,6 +179,13 @@ class _Run:
         }
         draw_run(self.path, self.path / "curves.png")
         self.folder.write("summary.json", summary)
+        if self.trainer.version == 0 and not self.stop.is_set():
+            skipped = self._answers()[len(self.batches)].get("skipped", "no batch had a gradient")
+            raise NothingToLearn(
+                f"no optimiser step was taken in {len(self.batches)} batches: {skipped}. The policy is what it was. "
+                "Look at reward/group/std in metrics.jsonl: a task that is too hard or too easy gives every completion "
+                "the same reward"
+            )
         return summary
 
     def _require_same_arithmetic(self) -> None:
@@ -178,7 +204,7 @@ class _Run:
         for number, group in read_groups(self.path / "rollouts") if self.log.count else ():
             logged.add(group.rollouts[0].prompt.prompt_id)
             if number not in taken | dropped:
-                self.buffer.add(Finished(number=number, oldest_version=group.oldest_version))
+                self.buffer.add(finished(number, group))
         self.buffer.started = self.log.count
         self.buffer.dropped = sorted(dropped)
         prompts = ((i, p) for i, p in self.source.training() if p.prompt_id not in logged)
@@ -220,6 +246,7 @@ class _Run:
         while not self.stop.is_set():
             with actor.lock:
                 groups = self.buffer.take(self.trainer.version, max_lag=0 if self.on_policy else None)
+                self.late_groups += self.buffer.last_dropped
                 count = actor.counts["groups"]
             now = time.perf_counter()
             if groups:
@@ -263,6 +290,7 @@ class _Run:
             "lag/oldest_token/mean": sum(lags) / len(lags),
             "buffer/waiting/count": float(len(self.buffer)),
             "buffer/dropped/count": float(len(self.buffer.dropped)),
+            **self._newly_dropped(),
             "tokens/generated/count": float(made),
             "tokens/generated/per_s": made / seconds,
             "time/wait_s": wait_s,
@@ -277,6 +305,17 @@ class _Run:
         self._guard(metrics)
         self.watch.trained(record, after=answer["version"])
         return True
+
+    def _newly_dropped(self) -> dict[str, float]:
+        """Length and reward of the groups that were too old for this batch: beside those trained on, they show what is
+        selected."""
+        self.late_groups, lost = [], self.late_groups
+        if not lost:
+            return {}
+        return {
+            "buffer/dropped/length_mean": sum(g.mean_tokens for g in lost) / len(lost),
+            "buffer/dropped/reward_mean": sum(g.mean_reward for g in lost) / len(lost),
+        }
 
     def _guard(self, metrics: dict[str, float]) -> None:
         """PipelineRL's guard (arXiv 2509.19128, in an earlier form of Algorithm 2): low ESS, on-policy data next."""
@@ -317,13 +356,18 @@ class _Run:
         canary_s = time.perf_counter() - start
         if updated is None:
             return {}
-        append_line(self.path / "updates.jsonl", updated.as_dict())
+        if version not in self.updated:  # a resumed run gives its engines a version that was recorded before
+            append_line(self.path / "updates.jsonl", updated.as_dict())
+            self.updated.add(version)
         self.store.keep_newest(max(self.config.rollout.keep_weights, self.watch.keep_weights), "run")
         pauses = [receipt.paused_s for receipt in updated.receipts]
         return {"time/update_s": updated.seconds, "time/pause_s": max(pauses), "time/canary_s": canary_s}
 
-    def _evaluate(self, batch: int) -> Evaluation:
-        """Evaluate what is served, and write it down."""
+    def _evaluate(self, batch: int) -> None:
+        """Evaluate what is served, and write it down, once for each batch."""
+        if batch in self.evaluated:
+            return
+        self.evaluated.add(batch)
         sampling, rollout = self.config.sampling, self.config.rollout
         found = self.fleet.with_engines(
             lambda engines: evaluate(engines, self.source, self.evaluation, self.scoring, sampling, rollout)
@@ -335,7 +379,6 @@ class _Run:
         append_line(self.path / "evaluations.jsonl", record)
         self.sinks.log(batch, {"heldout/reward/mean": found.reward})
         self.announce(f"held out   batch {batch}  reward {found.reward:.3f} (standard error {found.error:.3f})")
-        return found
 
 
 def _outcome(answer: dict[str, Any]) -> dict[str, Any]:

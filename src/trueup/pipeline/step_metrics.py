@@ -39,6 +39,8 @@ class Observed:
     weight_T: Tensor
     dropped_T: Tensor
     truncated_T: Tensor
+    guessed_T: Tensor
+    """True where pi_prox is a guess made from mu: such tokens say nothing of the gap between the two."""
     loss: float = 0.0
     minibatches: int = 0
     outside_reference: int = 0
@@ -49,7 +51,7 @@ class Observed:
         """Nothing seen yet."""
         size = len(batch.tokens_T)
         numbers = torch.zeros(5, size, dtype=torch.float64).unbind()
-        flags = torch.zeros(6, size, dtype=torch.bool).unbind()
+        flags = torch.zeros(7, size, dtype=torch.bool).unbind()
         return cls(
             proximal_T=numbers[0],
             entropy_T=numbers[1],
@@ -62,11 +64,12 @@ class Observed:
             dropped_T=flags[3],
             truncated_T=flags[4],
             beyond_T=flags[5],
+            guessed_T=flags[6],
         )
 
     def add(
         self, token_T: Tensor, scored: Scored, proximal_T: Tensor, old_T: Tensor, surrogate: Surrogate,
-        correction: Correction, kl_T: Tensor, loss: float,
+        correction: Correction, kl_T: Tensor, loss: float, *, guessed: bool = False,
     ) -> None:  # fmt: skip
         """Record the tokens at `token_T` of the batch and the share of the loss they had."""
         self.proximal_T[token_T] = proximal_T.double()
@@ -77,6 +80,7 @@ class Observed:
         self.kl_T[token_T] = kl_T.double()
         self.weight_T[token_T] = correction.weight_T
         self.dropped_T[token_T], self.truncated_T[token_T] = ~correction.kept_T, correction.truncated_T
+        self.guessed_T[token_T] = guessed
         self.loss += loss
 
 
@@ -106,7 +110,8 @@ def step_metrics(
     if recipe.kl:
         found["policy/kl_reference/mean"] = float(observed.kl_T[at_T].mean())
         found["tokens/outside_reference_set/count"] = float(observed.outside_reference)
-    found |= _gap(batch, observed, at_T)
+    measured_T = at_T & ~observed.guessed_T
+    found |= _gap(batch, observed, measured_T) if bool(measured_T.any()) else {}
     return found | _as_pipelinerl(batch, observed, at_T, found)
 
 

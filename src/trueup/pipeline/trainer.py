@@ -10,6 +10,7 @@ An exception leaves weights and optimiser as they were before the optimiser step
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -126,10 +127,10 @@ class Trainer:
         observed = Observed.of(batch)
         if reference is not None:
             observed.outside_reference = int((~reference.inside_T).sum())
-        minibatches = self._minibatches(batch)
-        observed.minibatches, known.steps_planned = len(minibatches), self.config.train.epochs * len(minibatches)
+        count = len(self._minibatches(batch, 0))
+        observed.minibatches, known.steps_planned = count, self.config.train.epochs * count
         for epoch in range(self.config.train.epochs):
-            for rows in minibatches:
+            for rows in self._minibatches(batch, epoch):
                 self._minibatch(batch, rows, reference, known, observed if epoch == 0 else None, phases)
         if not known.steps:
             dropped, clipped = (
@@ -178,10 +179,17 @@ class Trainer:
         chunks = micro_batches(batch, rows=rows, max_tokens=train.micro_tokens, shared_prompts=train.share_prompts)
         return [_part(batch, chunk) for chunk in chunks]
 
-    def _minibatches(self, batch: TrainingBatch) -> list[list[int]]:
-        """Kept sequences in equal shares of the prompts that have any."""
+    def _minibatches(self, batch: TrainingBatch, epoch: int) -> list[list[int]]:
+        """Kept sequences in equal shares of the prompts that have any, in an order of each epoch's own.
+
+        Groups come in the order in which they were finished, long completions last: unshuffled, the last optimiser step
+        of every batch would always be theirs. The order depends on seed, version and epoch alone, so that a run that is
+        resumed has the same.
+        """
         rows = batch.kept_S.nonzero()[:, 0].tolist()
         groups = list(dict.fromkeys(int(batch.group_S[row]) for row in rows))
+        if self.config.train.minibatches > 1:
+            random.Random(f"{self.config.train.seed} {self.version} {epoch}").shuffle(groups)
         count = min(self.config.train.minibatches, len(groups))
         share = {group: at * count // len(groups) for at, group in enumerate(groups)}
         return [[row for row in rows if share[int(batch.group_S[row])] == part] for part in range(count)]
@@ -246,19 +254,24 @@ class Trainer:
         else:
             correction = known.correction.of(part.token_T)
         old_T = behaviour_T if self.recipe.old == OldPolicy.BYPASS else proximal_T
+        if known.inside_T is not None:
+            scored = replace(scored, inside_T=scored.inside_T & known.inside_T[part.token_T])
+        # A token outside the kept set counts as ratio 1 in its sequence and has no gradient: both logprobs are mu's.
+        scored = replace(scored, logprobs_T=torch.where(scored.inside_T, scored.logprobs_T, behaviour_T))
+        old_T = torch.where(scored.inside_T, old_T, behaviour_T)
         advantage_T = batch.advantage_T.to(scored.logprobs_T)
         surrogate = self.recipe.surrogate(scored.logprobs_T, old_T, advantage_T, batch.row_T)
         loss_T = surrogate.loss_T * correction.weight_T.to(scored.logprobs_T)
         kl_T = self._kl(scored.logprobs_T, old_T, reference, part.token_T)
         total_T = loss_T + self.recipe.kl * kl_T - self.recipe.entropy * scored.entropy_T
-        if known.inside_T is not None:
-            scored = replace(scored, inside_T=scored.inside_T & known.inside_T[part.token_T])
         total_T = torch.where(scored.inside_T, total_T, 0.0)
         loss = (weight_T.to(total_T) * total_T).sum()
         if observed is not None:
+            guessed = known.proximal_T is None and bool(known.steps)
             observed.add(
-                part.token_T, scored, proximal_T, old_T, surrogate, correction, kl_T.detach(), float(loss.detach())
-            )
+                part.token_T, scored, proximal_T, old_T, surrogate, correction, kl_T.detach(), float(loss.detach()),
+                guessed=guessed,
+            )  # fmt: skip
         return loss
 
     def _interpolated(self, logprobs_T: Tensor, behaviour_T: Tensor, version_T: Tensor, known: _Known) -> Tensor:

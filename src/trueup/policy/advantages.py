@@ -74,18 +74,25 @@ def std_normalised(reward_S: Tensor, group_S: Tensor, *, eps: float = STD_EPS) -
 
 
 def batch_normalised(
-    reward_S: Tensor, group_S: Tensor, *, spread_of: str = "advantages", eps: float = STD_EPS
-) -> Tensor:
+    reward_S: Tensor, group_S: Tensor, *, spread_of: str = "advantages", eps: float = STD_EPS,
+    kept_S: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """(R - group mean) / (standard deviation over the batch + eps), [S].
 
     `spread_of`: "advantages" divides by the deviation of R - group mean (ScaleRL, arXiv 2510.13786, section 3.2),
-    "rewards" by that of R (TRL's scale_rewards="batch"); both divide by n - 1. Raises NumericsError for anything else.
+    "rewards" by that of R (TRL's scale_rewards="batch"); both divide by n - 1. The deviation is of the sequences in
+    `kept_S` (all, if None): groups of equal rewards that a filter drops have advantage 0, and would shrink it, so that
+    the step grew as a task gets easy. Raises NumericsError for another `spread_of`.
+
+    Example: rewards 0, 1 in one group and 1, 1 in a dropped one give -1/sqrt(2), 1/sqrt(2), 0, 0 with the dropped one
+    left out (deviation 0.71), and -0.87, 0.87 with it (0.58).
     """
     if spread_of not in ("advantages", "rewards"):
         raise NumericsError(f"spread_of must be advantages or rewards, not {spread_of!r}")
     reward_S = _check(reward_S, group_S)
     centred_S = reward_S - _Groups.of(reward_S, group_S).mean_S
     spread_S = centred_S if spread_of == "advantages" else reward_S
+    spread_S = spread_S if kept_S is None else spread_S[kept_S]
     deviation = spread_S.std() if len(spread_S) > 1 else spread_S.new_zeros(())
     return centred_S / (deviation + eps)
 

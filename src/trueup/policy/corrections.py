@@ -54,10 +54,17 @@ class Correction:
             truncated_T=self.truncated_T | other.truncated_T,
         )
 
-    def normalised(self) -> Correction:
-        """Weights divided by their mean over kept tokens (verl's batch normalisation); needs the whole batch."""
-        kept = self.weight_T[self.kept_T]
-        mean = float(kept.mean()) if len(kept) else 1.0
+    def normalised(self, row_T: Tensor | None = None) -> Correction:
+        """Weights divided by their mean over the batch (verl, rollout_is_batch_normalize); needs the whole batch.
+
+        Token weights average over tokens. Sequence weights average over sequences, each counted once however long it
+        is: pass `row_T`. Weights that a band has set to 0 are in no mean; what is rejected afterwards (veto) is.
+        """
+        weight_T = self.weight_T[self.kept_T]
+        if row_T is not None and len(weight_T):
+            rows = row_T[self.kept_T]
+            weight_T = weight_T[torch.cat([rows.new_ones(1, dtype=torch.bool), rows[1:] != rows[:-1]])]
+        mean = float(weight_T.mean()) if len(weight_T) else 1.0
         return Correction(weight_T=self.weight_T / mean, kept_T=self.kept_T, truncated_T=self.truncated_T)
 
 
