@@ -69,8 +69,13 @@ class CheckConfig(_Section):
         64, ge=1, le=1024, description="requests sent to an engine at once; fewer once it answers that it is busy (429)"
     )
     request_timeout_s: float = Field(60.0, gt=0, le=3600, description="a request that takes longer has failed")
-    search_s: float = Field(
-        90.0, gt=0, description="for causes that need forward passes; the rest is listed as untested"
+    search_tokens: int = Field(
+        400_000, ge=0, description="tokens that a search for causes may run through changed models (work, not time)"
+    )
+    search_s: float | None = Field(
+        None,
+        gt=0,
+        description="ceiling on the search, seconds; a search that it cuts short says so",
     )
     against_token_file: Path | None = Field(None, description="bearer token of the engine that --against names")
     checkpoints: tuple[Path, ...] = Field((), description="older weights of the model, oldest first: folders")

@@ -41,7 +41,8 @@ def test_late_groups_are_kept_if_that_is_asked_for():
 @pytest.mark.parametrize(
     ("rollout", "warns"),
     [({}, False), ({"concurrency": 64, "max_lag": 4}, True), ({"concurrency": 32, "engines": 2, "max_lag": 4}, True),
-     ({"concurrency": 64, "max_lag": 4, "late": "train"}, False), ({"concurrency": 64, "update": "synchronous"}, False)],
+     ({"concurrency": 64, "max_lag": 4, "late": "train"}, False),
+     ({"concurrency": 64, "update": "synchronous"}, False)],
 )  # fmt: skip
 def test_a_configuration_that_must_drop_groups_is_told_so(rollout, warns):
     assert (must_drop(build_config({"rollout": rollout, "train": {"groups": 8}})) is not None) == warns

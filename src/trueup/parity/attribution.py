@@ -6,13 +6,13 @@ that brings the held-back residual to the floor wins; what stays is printed, nev
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from trueup.errors import ModelError, NumericsError
 from trueup.knobs import LimitsConfig
 from trueup.parity import compare
+from trueup.parity.budget import Budget, unlimited
 from trueup.parity.compare import Residual, clearly_better, log_likelihood, loss, residual, separation
 from trueup.parity.evidence import TRAINER, EngineModel, Evidence, Source
 from trueup.parity.findings import Attribution, Finding
@@ -39,7 +39,7 @@ REFINED = 3
 """Costly candidates that are refined, of all that look promising."""
 UNDER_FLOOR = "its effect here would be smaller than the noise floor"
 NO_SIMULATION = "it cannot be simulated for this kind of model"
-OUT_OF_TIME = "no time was left to try it (check.search_s)"
+NOT_TRIED = "not tried: the search was cut short (check.search_tokens, check.search_s)"
 REFINE_ROUNDS = 24
 FINEST_STEP = 1 / 256
 REFINE_GAIN = 0.002
@@ -68,15 +68,17 @@ class _Candidate:
 class Attributor:
     """Searches engine models for one setting. `fit` and `held` are disjoint halves of its evidence.
 
-    `floor_of(model)` predicts the floor under a model's distribution. After `deadline` (of time.monotonic) no costly
-    cause is tried any more: those left are listed as untested.
+    `floor_of(model)` predicts the floor under a model's distribution. Once `budget` is over no costly cause is tried
+    any more: those left are listed as not finished.
     """
 
     def __init__(
         self, *, fit: Evidence, held: Evidence, hypotheses: Sequence[Hypothesis],
-        floor_of: Callable[[EngineModel], Floor], limits: LimitsConfig, deadline: float = float("inf"),
+        floor_of: Callable[[EngineModel], Floor], limits: LimitsConfig, budget: Budget | None = None,
     ) -> None:  # fmt: skip
-        self.fit, self.held, self.floor_of, self.limits, self.deadline = fit, held, floor_of, limits, deadline
+        self.fit, self.held, self.floor_of, self.limits = fit, held, floor_of, limits
+        self.budget = budget or unlimited()
+        self.unfinished: set[str] = set()
         self.unseeable = {h.id: why for h in hypotheses if (why := h.unseeable(fit))}
         seeable = [h for h in hypotheses if h.id not in self.unseeable]
         self.cheap = [h for h in seeable if not h.simulates]
@@ -130,8 +132,9 @@ class Attributor:
         screen = self.fit.screen or self.fit
         coarse: list[_Candidate] = []
         for hypothesis in hypotheses:
-            if time.monotonic() > self.deadline:
-                self.unseeable[hypothesis.id] = OUT_OF_TIME
+            if self.budget.over:
+                self.unseeable[hypothesis.id] = NOT_TRIED
+                self.unfinished.add(hypothesis.id)
                 continue
             part = screen if hypothesis.screened else self.fit
             best = self._coarse(part, start, hypothesis)
@@ -163,7 +166,8 @@ class Attributor:
             return best
         start, step = replace(best, path=best.path[:-1]), 1.0
         for _ in range(REFINE_ROUNDS):
-            if time.monotonic() > self.deadline:
+            if self.budget.over:
+                self.unfinished.add(hypothesis.id)
                 break
             closer = list(hypothesis.refine(evidence, Variant(model=best.model, detail=best.path[-1].detail), step))
             self._prefetch(evidence, closer)
@@ -370,6 +374,7 @@ class Attributor:
             ruled_out=tuple(ruled_out),
             unseeable=unseeable,
             searched=self.searched,
+            unfinished=tuple(sorted(self.unfinished - chosen)),
         )
 
     def _findings(self, best: _Candidate, *, complete: bool, ambiguous: bool) -> tuple[Finding, ...]:

@@ -31,7 +31,7 @@ class Attribution:
 
     `model` is the fitted engine, `judgement` its held-back residual against `floor`. `ambiguous` lists groups of ids
     the tokens cannot separate; `ruled_out` ids that were tried and fit clearly worse; `unseeable` id to reason.
-    `searched`: whether costly causes were tried as well.
+    `searched`: whether costly causes were tried as well; `unfinished`: those that a budget left untried.
     """
 
     findings: tuple[Finding, ...]
@@ -42,3 +42,4 @@ class Attribution:
     ruled_out: tuple[str, ...]
     unseeable: dict[str, str]
     searched: bool = False
+    unfinished: tuple[str, ...] = ()

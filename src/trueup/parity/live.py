@@ -345,7 +345,7 @@ class LiveCheck:
             "flags": dict(facts.info.flags), "flags_readable": facts.readable, "trainer": self.check.trainer,
             "trainer_arithmetic": bench.scorer.trainer.title(), "rows": sum(r.rows for r in reports),
             "tokens": sum(r.tokens for r in reports), "environment": env.describe(),
-            "touched": self.touched, "version_scan": bench.version_scan(groups[0]),
+            "touched": self.touched, "search": bench.search_title(), "version_scan": bench.version_scan(groups[0]),
         }  # fmt: skip
         if len(self.clients) > 1 and all(r.verdict == "agree" for r in reports):
             self.not_there.add("W9")

@@ -72,6 +72,8 @@ class SettingReport:
     untested: dict[str, str]
     kept_mass: float | None
     draws: dict[str, object] = field(default_factory=dict)
+    unfinished: tuple[str, ...] = ()
+    """Causes that a search cut short did not try, where nothing else explains the gap."""
     points: Points = Points()
 
     def as_dict(self) -> dict[str, object]:

@@ -106,7 +106,7 @@ def check_rows(bench: Workbench, trace: Trace) -> ParityReport:
         "flags": dict(trace.rows[0].engine.flags), "trainer": check.trainer,
         "trainer_arithmetic": bench.scorer.trainer.title(), "rows": len(trace.rows),
         "tokens": sum(r.tokens for r in reports), "environment": env.describe(),
-        "version_scan": bench.version_scan(settings[0]),
+        "search": bench.search_title(), "version_scan": bench.version_scan(settings[0]),
     }  # fmt: skip
     excluded = ruled_out(reports, causes)
     return ParityReport(

@@ -71,6 +71,8 @@ class Scorer:
     batched: Sequence[TraceRow] = ()
     checkpoints: Mapping[str, Path] = field(default_factory=dict)
     versions: Mapping[int, str] = field(default_factory=dict)
+    searched_tokens: int = 0
+    """Tokens that were run through changed models: what a search has cost."""
     _models: OrderedDict[torch.dtype, LoadedModel] = field(default_factory=OrderedDict)
     _heads: dict[torch.dtype, Head] = field(default_factory=dict)
     _states: dict[object, dict[Key, Tensor]] = field(default_factory=dict)
@@ -146,6 +148,8 @@ class Scorer:
         if missing:
             self.announce(f"{_title(source)}: forward pass, {self._arithmetic(source).title()}, {len(missing)} rows")
             model = self.model(body)
+            if not source.plain:
+                self.searched_tokens += sum(len(p) + len(c) for p, c in map(_key, missing))
             if source.batching is not None:
                 return self._misbatched(model, source.batching, memory, rows)
             scored = [

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trueup.knobs import LimitsConfig
 from trueup.parity.attribution import Attributor
+from trueup.parity.budget import Budget
 from trueup.parity.compare import Residual, residual
 from trueup.parity.draws import Draws, is_top, judge_draws, not_judged, origin_of
 from trueup.parity.evidence import ENGINE, EXACT, REFERENCE, TRAINER, EngineModel, Evidence
@@ -114,8 +115,8 @@ class Seen:
 class SettingJudge:
     """Judges settings against one scorer."""
 
-    def __init__(self, scorer: Scorer, limits: LimitsConfig, *, deadline: float = float("inf")) -> None:
-        self.scorer, self.limits, self.deadline = scorer, limits, deadline
+    def __init__(self, scorer: Scorer, limits: LimitsConfig, *, budget: Budget | None = None) -> None:
+        self.scorer, self.limits, self.budget = scorer, limits, budget
 
     def floor(self, setting: Setting, model: EngineModel) -> Floor:
         """The floor under a model's distribution, from the setting's own tokens."""
@@ -245,7 +246,7 @@ class SettingJudge:
             fit = held = replace(small, whole=whole)
         hypotheses = [h for h in all_hypotheses() if h.id not in excluded]
         return Attributor(
-            fit=fit, held=held, hypotheses=hypotheses, floor_of=floor_of, limits=self.limits, deadline=self.deadline
+            fit=fit, held=held, hypotheses=hypotheses, floor_of=floor_of, limits=self.limits, budget=self.budget
         ).run(mismatch=seen.mismatch, given=given)
 
     def _odd_rows(self, seen: Seen) -> list[int]:
@@ -337,6 +338,7 @@ class SettingJudge:
             untested=untested,
             kept_mass=float(scores.log_kept_mass_T.double().exp().mean()) if setting.case.processed.truncates else None,
             draws=draws.as_dict(),
+            unfinished=found.unfinished if outcome == "mismatch" and not found.judgement.within else (),
             points=points_of(evidence, now),
         )
 

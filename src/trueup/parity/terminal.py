@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from trueup.parity.catalogue import separated_by
+from trueup.parity.catalogue import order_of, separated_by
 from trueup.parity.report import Cause, ParityReport, SettingReport
 
 LABEL_WIDTH = 11
@@ -196,6 +196,12 @@ def _verdict(report: ParityReport) -> str:
     if report.verdict == "inconclusive":
         reasons = {s.why for s in report.settings if s.verdict == "inconclusive"}
         return f"INCONCLUSIVE  {'; '.join(sorted(reasons))}"
+    unfinished = sorted({i for s in report.settings for i in s.unfinished}, key=order_of)
+    if not report.causes and unfinished:
+        return (
+            f"MISMATCH   not finished: the search for a cause was cut short before {' '.join(unfinished)}; go on with "
+            f"--set check.search_tokens=N (now {report.header['search']}) or without check.search_s"
+        )
     if not report.causes:
         return "MISMATCH   no known cause fits"
     return f"MISMATCH   {len(report.causes)} cause{'s' if len(report.causes) > 1 else ''} named"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from trueup.errors import ConfigError, ModelError
 from trueup.knobs import CheckConfig, LimitsConfig
 from trueup.model.substitute import EVERYTHING
 from trueup.parity.attribution import EDGE_ALLOWANCE
+from trueup.parity.budget import Budget
 from trueup.parity.compare import loss, residual
 from trueup.parity.evidence import ENGINE, EXACT, REFERENCE, TRAINER, EngineModel
 from trueup.parity.grouping import Setting, arithmetic
@@ -33,8 +33,8 @@ class Workbench:
     scorer: Scorer
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    deadline: float | None = None
-    """Of time.monotonic, for the search of all settings together; set when the first is judged."""
+    budget: Budget | None = None
+    """For the search of all settings together; made when the first is judged."""
 
     @classmethod
     def of(cls, check: CheckConfig, announce: Callable[[str], None]) -> Workbench:
@@ -97,6 +97,11 @@ class Workbench:
         base = EngineModel(dist=setting.case.trainer_distribution)
         return SettingJudge(self.scorer, self.limits).floor(setting, base).rms
 
+    def search_title(self) -> str:
+        """What a search could spend, and what it has."""
+        ceiling = f", at most {self.check.search_s:g} s" if self.check.search_s is not None else ""
+        return f"{self.check.search_tokens:,} tokens{ceiling}, {self.scorer.searched_tokens:,} spent"
+
     def version_scan(self, setting: Setting) -> list[tuple[str, float]] | None:
         """Mean |r| in nats of a setting's first rows under each older checkpoint and under the trainer's weights."""
         rows = usable_rows(setting)[:SCAN_ROWS]
@@ -112,9 +117,12 @@ class Workbench:
     def judge(self, setting: Setting, **knowledge: object) -> Judged:
         """Judge one setting; see SettingJudge.judge."""
         self.announce(f"judging {setting.case.label()}")
-        if self.deadline is None:
-            self.deadline = time.monotonic() + self.check.search_s
-        judged = SettingJudge(self.scorer, self.limits, deadline=self.deadline).judge(setting, **knowledge)  # type: ignore[arg-type]
+        if self.budget is None:
+            spent, check = self.scorer, self.check
+            self.budget = Budget(
+                tokens=check.search_tokens, spent=lambda: spent.searched_tokens, seconds=check.search_s
+            )
+        judged = SettingJudge(self.scorer, self.limits, budget=self.budget).judge(setting, **knowledge)  # type: ignore[arg-type]
         if judged.note:
             self.notes.append(judged.note)
         return judged

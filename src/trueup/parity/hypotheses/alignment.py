@@ -11,6 +11,8 @@ from trueup.parity.hypotheses import Hypothesis, Variant
 
 SHIFTS = (-3, -2, -1, 1, 2, 3)
 OFFSETS = (-1, 1)
+UNSHIFTED_NATS = 0.5
+"""Logits of another position are off by nats on average."""
 
 
 def _shift(evidence: Evidence, model: EngineModel) -> list[Variant]:
@@ -23,7 +25,8 @@ def _shift(evidence: Evidence, model: EngineModel) -> list[Variant]:
         )
         for k in SHIFTS
     ]
-    if not model.source.plain:
+    off_T = (render(evidence, model) - evidence.tokens.engine_T).abs()
+    if not model.source.plain or float(off_T.nan_to_num(posinf=0.0).mean()) < UNSHIFTED_NATS:
         return found
     return found + [
         Variant(

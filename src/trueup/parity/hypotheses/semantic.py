@@ -16,9 +16,9 @@ NEAR_DECLARED = (0.98, 0.99, 0.995, 1.005, 1.01, 1.02)
 
 
 OWN_PENALTIES: dict[str, tuple[float, ...]] = {
-    "repetition_penalty": (0.9, 1.05, 1.1, 1.2, 1.3, 1.5),
-    "presence_penalty": (-0.5, 0.2, 0.5, 1.0, 1.5),
-    "frequency_penalty": (-0.5, 0.2, 0.5, 1.0, 1.5),
+    "repetition_penalty": (1.1, 1.3),
+    "presence_penalty": (0.5, 1.2),
+    "frequency_penalty": (0.5,),
 }
 """Penalties that an engine may apply to every request, where a search starts."""
 
