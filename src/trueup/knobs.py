@@ -212,7 +212,7 @@ class TaskConfig(_Section):
     name: str = Field("repeat", description="repeat, jsonl, or reasoning_gym/TASK")
     path: Path | None = Field(None, description='of jsonl: one {"prompt": ..., "answer": ...} a line')
     scorer: Literal["exact", "contains", "math"] = Field("exact", description="of jsonl")
-    seed: int = Field(0, ge=0, lt=2**31, description="of procedural tasks")
+    seed: int = Field(0, ge=0, lt=2**31, description="of procedural tasks, and of the order of a data set")
     settings: dict[str, Any] = Field({}, description="of a reasoning_gym task, its own")
     chat: bool = Field(True, description="ask through the model's chat template")
     system: str = Field("", description="system message of the chat")

@@ -10,7 +10,9 @@ from trueup.config import build_config
 from trueup.errors import ConfigError, ModelError
 from trueup.knobs import TaskConfig
 from trueup.model.tiny import make_tiny
+from trueup.monitor.rundir import RunFolder
 from trueup.tasks.base import Question
+from trueup.tasks.jsonl import Jsonl
 from trueup.tasks.prompts import PromptSource, held_out
 from trueup.tasks.reasoning import ReasoningGym, final_answer
 from trueup.tasks.registry import make_task
@@ -77,6 +79,79 @@ def test_jsonl_scorers(tmp_path, scorer, completion, reward):
         task.question(2)
 
 
+QUESTIONS = [{"prompt": f"add {i} and {i + 1}", "answer": 2 * i + 1} for i in range(40)]
+
+
+def dumped(records, end="\n"):
+    return end.join(json.dumps(r, ensure_ascii=False) for r in records) + end
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        dumped(QUESTIONS).encode(),
+        dumped([q | {"prompt": q["prompt"] + "\u2028Show your work."} for q in QUESTIONS]).encode(),
+        b"\xef\xbb\xbf" + dumped(QUESTIONS).encode(),
+        dumped(QUESTIONS, "\r\n").encode(),
+    ],
+    ids=["plain", "line separator inside", "byte-order mark", "Windows line ends"],
+)
+def test_data_sets_are_read_whatever_wrote_them(tmp_path, content):
+    (tmp_path / "q.jsonl").write_bytes(content)
+    task = Jsonl(tmp_path / "q.jsonl")
+    questions = [task.question(i) for i in range(len(task))]
+    assert len(task) == 40 and {q.answer for q in questions} == {str(2 * i + 1) for i in range(40)}
+    assert all(q.text.startswith("add ") and "\r" not in q.text for q in questions)
+
+
+def test_a_data_set_is_shuffled_by_its_seed_alone(tmp_path):
+    (tmp_path / "q.jsonl").write_text(dumped(QUESTIONS))
+    orders = [[q.text for q in Jsonl(tmp_path / "q.jsonl", seed=seed)._questions] for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2] and orders[0] != [q["prompt"] for q in QUESTIONS]
+
+
+def test_a_prompt_may_be_a_conversation(tiny, tmp_path):
+    turns = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": "2"},
+    ]
+    (tmp_path / "q.jsonl").write_text(dumped([{"prompt": turns, "answer": 4}]))
+    task = Jsonl(tmp_path / "q.jsonl")
+    source = PromptSource(task, tiny, chat=True)
+    rendered = source.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert source.prompt(0).token_ids == tuple(source.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    with pytest.raises(ConfigError, match=r"set task\.chat = true"):
+        PromptSource(task, tiny, chat=False).prompt(0)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('[{"prompt": "x"}]', "line 1 holds a JSON array"),
+        ('{"question": "x", "answer": 1}', r"has no \"prompt\" \(it has answer, question\)"),
+        ('{"prompt": [{"role": "robot", "content": "x"}]}', "a message of a prompt is"),
+        ('"x"', "not a JSON object"),
+    ],
+)
+def test_a_line_that_is_no_question_says_what_it_is(tmp_path, line, message):
+    (tmp_path / "q.jsonl").write_text(line + "\n")
+    with pytest.raises(ConfigError, match=message):
+        Jsonl(tmp_path / "q.jsonl")
+
+
+def test_a_run_notices_that_its_data_set_changed(tmp_path):
+    run = RunFolder.create(tmp_path / "run", build_config({}), {})
+    run.require_same_task("aa" * 32)
+    run.close()
+    again = RunFolder.resume(tmp_path / "run", build_config({}))
+    with pytest.raises(ConfigError, match="the data set is not the one"):
+        again.require_same_task("bb" * 32)
+    again = RunFolder.resume(tmp_path / "run", build_config({}))
+    again.require_same_task("aa" * 32)
+    again.close()
+
+
 def test_tasks_that_cannot_be_made_say_why(tmp_path):
     file = tmp_path / "q.jsonl"
     for content, text in (("", "no questions"), ('{"prompt": 3}', "line 1 has no"), ("{", "line 1 is not valid JSON")):
@@ -118,7 +193,7 @@ def test_a_file_begins_anew_and_a_split_may_be_empty(tiny, tmp_path):
     assert len(set(ids)) < 40 and ids.count(ids[0]) >= 2
     assert len({p.prompt_id for p in first}) == 100  # each turn is told apart
     held = [f"number {i}" for i in range(40) if held_out(source.encode(f"number {i}"))]
-    assert [source.decode(p.token_ids) for p in source.held_out(99)] == held
+    assert sorted(source.decode(p.token_ids) for p in source.held_out(99)) == sorted(held)
     only = next(text for text in map(str, range(99)) if not held_out(source.encode(text)))
     file.write_text(json.dumps({"prompt": only, "answer": "x"}))
     with pytest.raises(ConfigError, match="no held-out question"):

@@ -92,6 +92,18 @@ class RunFolder:
         run.write("config.json", now | {"recipe": before.get("recipe", {})})
         return run
 
+    def require_same_task(self, digest: str | None) -> None:
+        """Remember the digest of the task's data set. Raises ConfigError when the run began with another one."""
+        file = self.path / "task.json"
+        before = json.loads(file.read_text(encoding="utf-8")).get("digest") if file.is_file() else None
+        if before is not None and digest != before:
+            self.close()
+            raise ConfigError(
+                f"the data set is not the one that the run began with (sha256 {str(digest)[:12]}, then {before[:12]}): "
+                "restore the file, or start another run"
+            )
+        self.write("task.json", {"digest": digest})
+
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file whole or not at all."""
         part = self.path / f".{name}.part"

@@ -7,12 +7,13 @@ that brings the held-back residual to the floor wins; what stays is printed, nev
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from trueup.errors import ModelError, NumericsError
 from trueup.knobs import LimitsConfig
 from trueup.parity import compare
 from trueup.parity.budget import Budget, unlimited
+from trueup.parity.candidates import Candidate, Edit
 from trueup.parity.compare import Residual, clearly_better, log_likelihood, loss, residual, separation
 from trueup.parity.evidence import TRAINER, EngineModel, Evidence, Source
 from trueup.parity.findings import Attribution, Finding
@@ -46,23 +47,6 @@ REFINE_GAIN = 0.002
 """A round of refinement that takes away less than this share of the loss is followed by one with half the step."""
 PROMISING = 0.95
 """A costly candidate is looked at more closely once it leaves at most this share of the loss on the screen."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Edit:
-    hypothesis: Hypothesis
-    detail: str
-    after: EngineModel
-    title: str = ""
-    fix: str = ""
-    side: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Candidate:
-    model: EngineModel
-    path: tuple[_Edit, ...]
-    fit_loss: float
 
 
 class Attributor:
@@ -114,7 +98,7 @@ class Attributor:
             verdict = replace(verdict, reasons=(*verdict.reasons, reason))
         return verdict
 
-    def _expand(self, start: _Candidate, hypotheses: Sequence[Hypothesis]) -> list[_Candidate]:
+    def _expand(self, start: Candidate, hypotheses: Sequence[Hypothesis]) -> list[Candidate]:
         """Best variant of each hypothesis on top of `start`, judged on the fitting half, best first.
 
         Costly ones are compared on the screen of the fitting half; only the best of each is run on all of it.
@@ -126,11 +110,11 @@ class Attributor:
         costly = [h for h in hypotheses if h.simulates and h.id not in used]
         return sorted([*found, *self._expand_costly(start, costly)], key=lambda c: c.fit_loss)
 
-    def _expand_costly(self, start: _Candidate, hypotheses: Sequence[Hypothesis]) -> list[_Candidate]:
+    def _expand_costly(self, start: Candidate, hypotheses: Sequence[Hypothesis]) -> list[Candidate]:
         """Coarse variants of all on the screen; the few best are refined there until one accounts for all of the gap,
         and run on the whole fitting half."""
         screen = self.fit.screen or self.fit
-        coarse: list[_Candidate] = []
+        coarse: list[Candidate] = []
         for hypothesis in hypotheses:
             if self.budget.over:
                 self.unseeable[hypothesis.id] = NOT_TRIED
@@ -153,14 +137,14 @@ class Attributor:
             found.append(replace(candidate, fit_loss=self._fit_loss(candidate.model)))
         return [c for c in found if c.fit_loss < float("inf")]
 
-    def _coarse(self, evidence: Evidence, start: _Candidate, hypothesis: Hypothesis) -> _Candidate | None:
+    def _coarse(self, evidence: Evidence, start: Candidate, hypothesis: Hypothesis) -> Candidate | None:
         """The variant that fits the evidence best."""
         variants = list(hypothesis.variants(self.fit, start.model))
         self._prefetch(evidence, variants)
         ranked = [c for v in variants if (c := self._candidate(evidence, start, hypothesis, v)) is not None]
         return min(ranked, key=lambda c: c.fit_loss, default=None)
 
-    def _refined(self, evidence: Evidence, best: _Candidate | None, hypothesis: Hypothesis) -> _Candidate | None:
+    def _refined(self, evidence: Evidence, best: Candidate | None, hypothesis: Hypothesis) -> Candidate | None:
         """The same with its number, if it has one, brought closer by halving steps."""
         if best is None or hypothesis.refine is None or best.fit_loss > PROMISING * self.start.fit_loss:
             return best
@@ -182,8 +166,8 @@ class Attributor:
         return best
 
     def _candidate(
-        self, evidence: Evidence, start: _Candidate, hypothesis: Hypothesis, variant: Variant
-    ) -> _Candidate | None:
+        self, evidence: Evidence, start: Candidate, hypothesis: Hypothesis, variant: Variant
+    ) -> Candidate | None:
         if variant.model in self.seen and hypothesis.id in TWINS:
             self.twins.setdefault(variant.model, set()).add(hypothesis.id)
         known = variant.model in self.seen and not hypothesis.redraws  # the tokens may tell one that redraws apart
@@ -191,7 +175,7 @@ class Attributor:
             return None
         self.seen.add(variant.model)
         value = loss(residual(evidence, variant.model), EDGE_ALLOWANCE)
-        edit = _Edit(
+        edit = Edit(
             hypothesis=hypothesis,
             detail=variant.detail,
             after=variant.model,
@@ -199,7 +183,7 @@ class Attributor:
             fix=variant.fix,
             side=variant.side,
         )
-        return _Candidate(model=variant.model, path=(*start.path, edit), fit_loss=value)
+        return Candidate(model=variant.model, path=(*start.path, edit), fit_loss=value)
 
     def _fit_loss(self, model: EngineModel) -> float:
         try:
@@ -223,7 +207,7 @@ class Attributor:
         `given` is what another setting has shown of the same engine's weights and arithmetic; where that fits here too,
         the search starts from it.
         """
-        self.start = _Candidate(model=self.base, path=(), fit_loss=loss(residual(self.fit, self.base), EDGE_ALLOWANCE))
+        self.start = Candidate(model=self.base, path=(), fit_loss=loss(residual(self.fit, self.base), EDGE_ALLOWANCE))
         singles = self._expand(self.start, self.cheap)
         self.held.prefetch(TRAINER, [self.base.dist, *(c.model.dist for c in singles)])
         if not mismatch:
@@ -232,7 +216,7 @@ class Attributor:
             return self._conclude(best, singles)
         improving = [c for c in singles if c.fit_loss < 0.95 * self.start.fit_loss][:BEAM]
         best = self._choose(improving, complete=True)
-        pairs: list[_Candidate] = []
+        pairs: list[Candidate] = []
         if best is None:
             pairs = sorted((p for c in improving for p in self._expand(c, self.cheap)), key=lambda c: c.fit_loss)[:BEAM]
             best = self._choose(pairs, complete=True)
@@ -241,30 +225,30 @@ class Attributor:
             singles = [*singles, *(c for c in simulated if len(c.path) == 1)]
         return self._conclude(best, singles)
 
-    def _from(self, given: Attribution) -> _Candidate | None:
+    def _from(self, given: Attribution) -> Candidate | None:
         """The findings of another setting, carried over to this one, and the best cheap cause on top of them."""
         if given.model.source.plain or not given.findings:
             return None
         model = replace(self.base, source=given.model.source)
         edits = tuple(
-            _Edit(hypothesis=f.hypothesis, detail=f.detail, after=model, title=f.title, fix=f.fix, side=f.side)
+            Edit(hypothesis=f.hypothesis, detail=f.detail, after=model, title=f.title, fix=f.fix, side=f.side)
             for f in given.findings
         )
-        carried = _Candidate(model=model, path=edits, fit_loss=self._fit_loss(model))
+        carried = Candidate(model=model, path=edits, fit_loss=self._fit_loss(model))
         if self.held_judgement(model).within:
             return carried
         on_top = [c for c in self._expand(carried, self.cheap)[:BEAM] if self._takes_away(c, model)]
         return self._choose([carried, *on_top], complete=True) or self._choose([carried, *on_top], complete=False)
 
-    def _takes_away(self, candidate: _Candidate, ground: EngineModel) -> bool:
+    def _takes_away(self, candidate: Candidate, ground: EngineModel) -> bool:
         return self.held_loss(candidate.model) < (1 - COMPLETE_SHARE) * self.held_loss(ground)
 
     def _search_costly(
-        self, improving: Sequence[_Candidate], pairs: Sequence[_Candidate]
-    ) -> tuple[_Candidate, list[_Candidate]]:
+        self, improving: Sequence[Candidate], pairs: Sequence[Candidate]
+    ) -> tuple[Candidate, list[Candidate]]:
         """Simulate: first on the trainer as it is, then on top of the best cheap cause."""
         self.searched = True
-        found: list[_Candidate] = []
+        found: list[Candidate] = []
         for ground in (self.start, *improving):
             kinds = [h for h in self.simulated if not h.numeric or self._numeric(ground)]
             if ground is not self.start:
@@ -275,18 +259,18 @@ class Attributor:
                 return best, found
         return self._choose([*improving, *pairs, *found], complete=False) or self.start, found
 
-    def _numeric(self, candidate: _Candidate) -> bool:
+    def _numeric(self, candidate: Candidate) -> bool:
         """Whether what a candidate leaves is small enough for rounding to be worth simulating."""
         return self.held_judgement(candidate.model).rms < NUMERIC_NATS
 
-    def _choose(self, candidates: Sequence[_Candidate], *, complete: bool) -> _Candidate | None:
+    def _choose(self, candidates: Sequence[Candidate], *, complete: bool) -> Candidate | None:
         """Best candidate that explains enough of the gap, each of whose edits is needed.
 
         With `complete` its held-back residual must be at the floor; without, it must explain PARTIAL_SHARE.
         """
         before = self.held_loss(self.base)
 
-        def share(candidate: _Candidate) -> float:
+        def share(candidate: Candidate) -> float:
             fitted = any(e.hypothesis.simulates and e.hypothesis.refine for e in candidate.path)
             return COMPLETE_SHARE if complete else COSTLY_SHARE if fitted else PARTIAL_SHARE
 
@@ -295,6 +279,7 @@ class Attributor:
             for c in candidates
             if (self.held_loss(c.model) < (1 - share(c)) * before or (complete and self._clearly_worse(self.start, c)))
             and (self.held_judgement(c.model).within if complete else self._follows(c))
+            and not self._speaks_against(c)
             and self._needed(c)
         ]
         if not kept:
@@ -306,29 +291,38 @@ class Attributor:
         drawn = [c for c in tied if not any(self._less_likely(c, other) for other in tied)] or tied
         return min(drawn, key=lambda c: (len(c.path), [e.hypothesis.rank for e in c.path]))
 
-    def _less_likely(self, candidate: _Candidate, other: _Candidate) -> bool:
+    def _less_likely(self, candidate: Candidate, other: Candidate) -> bool:
         """Whether the tokens, drawn as each of them says, speak against the first: numbers alone cannot tell an engine
         that reports raw logprobs from one that also draws at T=1."""
 
-        def drawn_from(c: _Candidate) -> Distribution:
+        def drawn_from(c: Candidate) -> Distribution:
             redrawn = any(e.hypothesis.redraws for e in c.path)
             return c.model.dist if redrawn else self.held.case.processed
 
         first, second = (log_likelihood(self.held, drawn_from(c)) for c in (candidate, other))
         return second - first > LIKELIER_NATS
 
-    def _clearly_worse(self, candidate: _Candidate, best: _Candidate) -> bool:
+    def _speaks_against(self, candidate: Candidate) -> bool:
+        """Whether the drawn tokens rule out that they were drawn as a candidate says."""
+        if not any(e.hypothesis.redraws for e in candidate.path) or not candidate.model.source.plain:
+            return False
+        declared, redrawn = (
+            log_likelihood(self.held, dist) for dist in (self.held.case.processed, candidate.model.dist)
+        )
+        return declared - redrawn > LIKELIER_NATS
+
+    def _clearly_worse(self, candidate: Candidate, best: Candidate) -> bool:
         ours, theirs = self.held_residual(best.model), self.held_residual(candidate.model)
         return candidate is not best and clearly_better(ours, theirs, EDGE_ALLOWANCE)
 
-    def _follows(self, candidate: _Candidate) -> bool:
+    def _follows(self, candidate: Candidate) -> bool:
         """Whether an incomplete explanation follows the engine token by token, and is not the average of something that
         changes as it goes: what that leaves depends on the position."""
         res = self.held_residual(candidate.model)
         most = self.held_loss(candidate.model) < (1 - COSTLY_SHARE) * self.held_loss(self.base)
         return compare.tracks(self.held, res) and (most or not compare.drifts(self.held, res))
 
-    def _needed(self, candidate: _Candidate) -> bool:
+    def _needed(self, candidate: Candidate) -> bool:
         """Whether leaving out either edit of a pair fits clearly worse on the held-back half."""
         if len(candidate.path) < 2:
             return True
@@ -337,7 +331,7 @@ class Attributor:
         ours = self.held_residual(candidate.model)
         return all(clearly_better(ours, self.held_residual(model), EDGE_ALLOWANCE) for model in without)
 
-    def _conclude(self, best: _Candidate, singles: Sequence[_Candidate]) -> Attribution:
+    def _conclude(self, best: Candidate, singles: Sequence[Candidate]) -> Attribution:
         floor, verdict = self.floor_of(best.model), self.held_judgement(best.model)
         rivals: list[str] = []
         unseeable = dict(self.unseeable)
@@ -377,7 +371,7 @@ class Attributor:
             unfinished=tuple(sorted(self.unfinished - chosen)),
         )
 
-    def _findings(self, best: _Candidate, *, complete: bool, ambiguous: bool) -> tuple[Finding, ...]:
+    def _findings(self, best: Candidate, *, complete: bool, ambiguous: bool) -> tuple[Finding, ...]:
         """One finding an edit, with the share of mean |r| it takes away on top of the edits before it."""
         total = before = self.held_loss(self.base)
         confidence = "low" if ambiguous else "high" if complete and self.fit is not self.held else "medium"

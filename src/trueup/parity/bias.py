@@ -14,6 +14,8 @@ EXPECTED_OFTEN = 6.0
 """An id that is expected so often and never drawn is forbidden, with odds of 400 to 1 each."""
 OFFSET_NATS = 0.15
 SLACK = 0.1
+MIN_REPEATS, REPEATED_SHARE = 2, 0.75
+"""How often ids must occur in rows that had no part in choosing them, and which share of these must be off as well."""
 BIASES = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
 CANDIDATES = 8
 SHOWN = 4
@@ -44,12 +46,25 @@ def bias_variants(evidence: Evidence, model: EngineModel) -> list[Variant]:
     for ids in dict.fromkeys((tuple(forbidden), never, tuple(sorted({*forbidden, *never})))):
         if 0 < len(ids) <= MAX_IDS:
             found.append(_variant(model, ids, -math.inf))
-    residual_T = render(whole, model) - whole.tokens.engine_T
+    residual_T = render(evidence, model) - evidence.tokens.engine_T
+    off_T = render(whole, model) - whole.tokens.engine_T
     for sign in (1, -1):
-        ids = _favoured(whole, sign * residual_T)
-        if 0 < len(ids) <= MAX_FAVOURED:
+        ids = _favoured(evidence, sign * residual_T)
+        if 0 < len(ids) <= MAX_FAVOURED and _repeated(whole, evidence, sign * off_T, ids):
             found += [_variant(model, ids, sign * b) for b in BIASES]
     return found
+
+
+def _repeated(whole: Evidence, fit: Evidence, off_T: torch.Tensor, ids: tuple[int, ...]) -> bool:
+    """Whether occurrences of the ids in the other rows, which had no part in choosing them, are raised as well.
+
+    An id that is favoured is favoured wherever it is drawn; numbers that are off at random are not off again.
+    """
+    lines = set(fit.tokens.lines)
+    other_T = torch.tensor([whole.tokens.lines[int(row)] not in lines for row in whole.tokens.row_T])
+    at_T = other_T & torch.isin(whole.tokens.targets_T, torch.tensor(ids)) & torch.isfinite(off_T)
+    raised = off_T[at_T] < -OFFSET_NATS
+    return int(at_T.sum()) >= MIN_REPEATS and float(raised.double().mean()) >= REPEATED_SHARE
 
 
 def _favoured(evidence: Evidence, residual_T: torch.Tensor) -> tuple[int, ...]:

@@ -87,7 +87,8 @@ class Fillers:
         """Whether the value is a lower limit: the lowest number of all, at tokens that are less likely than it says."""
         engine_T = evidence.tokens.engine_T[now.usable_T]
         above_T = now.residual_T[self.at_T] < 0
-        return len(self.counts) == 1 and min(self.counts) == float(engine_T.min()) and bool(above_T.all())
+        lowest = min(self.counts)
+        return len(self.counts) == 1 and lowest < 0 and lowest == float(engine_T.min()) and bool(above_T.all())
 
     def cause(self, evidence: Evidence, now: Residual) -> Cause:
         """S9, with the first places; S14 for a lower limit."""

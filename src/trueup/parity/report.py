@@ -72,6 +72,9 @@ class SettingReport:
     untested: dict[str, str]
     kept_mass: float | None
     draws: dict[str, object] = field(default_factory=dict)
+    sequence: dict[str, float] = field(default_factory=dict)
+    """Of the longest completion: `tokens`, the `bias_nats` that its log ratio may be off by (two standard errors beyond
+    the measured bias) and its `noise_nats`, rms."""
     unfinished: tuple[str, ...] = ()
     """Causes that a search cut short did not try, where nothing else explains the gap."""
     points: Points = Points()

@@ -25,7 +25,16 @@ from trueup.parity.marks import at_edge, fillers, without
 from trueup.parity.replicas import divide
 from trueup.parity.report import TRIED, Cause, SettingReport
 from trueup.parity.scorer import Scorer
-from trueup.parity.write_up import causes_of, edges_of, empty_report, gap_of, in_rows, points_of, unexplained_part
+from trueup.parity.write_up import (
+    causes_of,
+    edges_of,
+    empty_report,
+    gap_of,
+    in_rows,
+    of_sequences,
+    points_of,
+    unexplained_part,
+)
 from trueup.trace import TraceRow
 
 FITTING_ROWS = 0.25
@@ -338,6 +347,7 @@ class SettingJudge:
             untested=untested,
             kept_mass=float(scores.log_kept_mass_T.double().exp().mean()) if setting.case.processed.truncates else None,
             draws=draws.as_dict(),
+            sequence=of_sequences(verdict, now.row_T[now.usable_T]),
             unfinished=found.unfinished if outcome == "mismatch" and not found.judgement.within else (),
             points=points_of(evidence, now),
         )

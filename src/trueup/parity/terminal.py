@@ -25,6 +25,7 @@ ROWS = (
     ("GSPO clip fraction", "gspo_clip_fraction", ".3f"),
     ("  from noise alone", "gspo_clip_fraction_expected", ".3f"),
 )
+SIDES = {"engine": "the engine's side", "trainer": "the trainer's side", "log": "in what was reported or logged"}
 MAX_LISTED = 5
 
 
@@ -70,7 +71,11 @@ def _header(report: ParityReport) -> Iterator[tuple[str, str]]:
 
 def _cause(console: Console, cause: Cause, report: ParityReport) -> None:
     console.print()
-    console.print(Text.assemble((cause.id, "bold red"), "  ", clean(cause.title), f"   confidence {cause.confidence}"))
+    console.print(
+        Text.assemble(
+            (cause.id, "bold red"), "  ", clean(cause.title), f"   confidence {cause.confidence}, {SIDES[cause.side]}"
+        )
+    )
     _line(console, "  fix", cause.fix, style="bold")
     _line(console, "  evidence", cause.evidence)
     places = [s for s in report.settings if s.label in cause.settings]
@@ -116,7 +121,7 @@ def _settings_table(settings: Sequence[SettingReport]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="bold")
     for name in ("sampling", "verdict"):
         table.add_column(name, overflow="fold")
-    for name in ("tokens", "mean |r|", "rms", "floor", "mean w"):
+    for name in ("tokens", "mean |r|", "rms", "floor", "mean w", "draws z"):
         table.add_column(name, justify="right", no_wrap=True)
     for setting in settings:
         causes = "+".join(c.id for c in setting.causes)
@@ -128,7 +133,30 @@ def _settings_table(settings: Sequence[SettingReport]) -> Table:
             _number(setting.gap.get("rms"), ".2g"),
             _number(setting.noise_floor.get("rms"), ".2g"),
             _number(setting.gap.get("mean_w"), ".4f"),
+            _number(setting.draws.get("surprise_z"), "+.1f"),
         )
+    return table
+
+
+def _limits_table(setting: SettingReport) -> Table:
+    """What the setting was judged by: each number beside what rounding allows it."""
+    judged, draws = setting.judgement, setting.draws
+    table = Table(box=None, padding=(0, 3, 0, 0), show_edge=False, header_style="bold")
+    for name in ("judged by", "nats", "limit"):
+        table.add_column(name, justify="left" if name == "judged by" else "right")
+    for name, value, limit in (
+        ("rms of all tokens", "rms", "rms_limit"),
+        (f"rms of the worst row (line {judged.get('worst_row')})", "worst_row_rms", "worst_row_limit"),
+        ("largest |r| of a token", "max_abs", "token_limit"),
+        ("bias per token", "bias", "bias_limit"),
+    ):
+        table.add_row(name, _number(judged.get(value), ".3g"), _number(judged.get(limit), ".3g"))
+    if draws.get("tokens"):
+        table.add_row(
+            f"draws: {draws['verdict']}, most likely tokens {draws['top_tokens']} of {draws['tokens']}, expected "
+            f"{_number(draws['top_expected'], '.0f')}",
+            "", "",
+        )  # fmt: skip
     return table
 
 
@@ -156,6 +184,19 @@ def _truncation_note(report: ParityReport) -> str | None:
     )
 
 
+def _sequences(report: ParityReport) -> str | None:
+    """What the agreement of single tokens leaves open for whole sequences, at this run's own lengths."""
+    found = [s.sequence for s in report.settings if s.sequence]
+    if report.verdict != "agree" or not found:
+        return None
+    worst = max(found, key=lambda s: s["bias_nats"] + s["noise_nats"])
+    return (
+        f"tokens agree; the log ratio of a whole completion of {worst['tokens']:.0f} tokens may be off by up to "
+        f"{worst['bias_nats']:.2g} nats of bias and {worst['noise_nats']:.2g} of noise (rms): mind that for GSPO and "
+        "sequence-level corrections"
+    )
+
+
 def _lists(report: ParityReport) -> Iterator[tuple[str, str]]:
     for group in dict.fromkeys(g for s in report.settings for g in s.ambiguous):
         yield "ambiguous", f"{' '.join(group)}: separated by {separated_by(group)}"
@@ -164,6 +205,8 @@ def _lists(report: ParityReport) -> Iterator[tuple[str, str]]:
     yield "correction", correction(report)
     if (note := _truncation_note(report)) is not None:
         yield "trainers", note
+    if (sequences := _sequences(report)) is not None:
+        yield "sequences", sequences
     if report.ruled_out:
         yield "ruled out", " ".join(report.ruled_out)
     if report.untested:
@@ -192,7 +235,7 @@ def _lists(report: ParityReport) -> Iterator[tuple[str, str]]:
 
 def _verdict(report: ParityReport) -> str:
     if report.verdict == "agree":
-        return "AGREE      every setting is within the noise floor that rounding predicts"
+        return "AGREE      every setting is within the noise floor that rounding predicts, drawn as declared"
     if report.verdict == "inconclusive":
         reasons = {s.why for s in report.settings if s.verdict == "inconclusive"}
         return f"INCONCLUSIVE  {'; '.join(sorted(reasons))}"
@@ -229,6 +272,7 @@ def render(report: ParityReport, console: Console) -> None:
         console.print()
         _line(console, "largest gap", worst.label)
         console.print(Padding(_gap_table(worst), (0, 0, 0, 2)))
+        console.print(Padding(_limits_table(worst), (1, 0, 0, 2)))
         console.print(Padding(Text(f"floor: {clean(worst.noise_floor.get('basis', ''))}", style="dim"), (0, 0, 0, 2)))
     console.print()
     console.print(_settings_table(report.settings))

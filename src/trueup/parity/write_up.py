@@ -92,3 +92,12 @@ def in_rows(rows: Sequence[TraceRow], odd: Sequence[int]) -> str:
     ended = next(iter(ends)) if len(ends) == 1 and not ends & others else None
     common = f", all those that ended by {ended!r}" if ended is not None else ""
     return f"in {len(odd)} of {len(rows)} rows (lines {lines}{common}): "
+
+
+def of_sequences(verdict: Judgement, row_T: torch.Tensor) -> dict[str, float]:
+    """What a gap per token makes of the longest completion: see SettingReport.sequence."""
+    if not len(row_T):
+        return {}
+    tokens = float(torch.unique(row_T, return_counts=True)[1].max())
+    bias = abs(verdict.bias) + 2 * verdict.bias_se
+    return {"tokens": tokens, "bias_nats": bias * tokens, "noise_nats": verdict.rms * tokens**0.5}

@@ -89,6 +89,7 @@ def train(
     task = task or make_task(config.task)
     path = config.train.run
     folder = RunFolder.resume(path, config) if resume else RunFolder.create(path, config, recipe.as_dict())
+    folder.require_same_task(getattr(task, "digest", None))
     for name in FOLDERS:
         (path / name).mkdir(exist_ok=True)
     with ExitStack() as stack:

@@ -20,16 +20,19 @@ it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """`text` is what the model is asked; `answer` what the task scores against (plain text, or JSON of its own)."""
+    """What the model is asked, as `text` or as chat `messages` ({"role", "content"}), and the `answer` that the task
+    scores against (plain text, or JSON of its own)."""
 
-    text: str
+    text: str = ""
     answer: str | None
+    messages: tuple[Mapping[str, str], ...] = ()
 
 
 class Task(Protocol):

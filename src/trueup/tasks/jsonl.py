@@ -1,8 +1,15 @@
-"""Questions from a file, one JSON object a line: {"prompt": ..., "answer": ...}."""
+"""Questions from a file, one JSON object per line: {"prompt": ..., "answer": ...}.
+
+A prompt is a text or a list of chat messages. Only a line feed ends a line: other separators (U+2028, for instance) may
+stand inside a JSON text. A byte-order mark and Windows line ends are passed over.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import random
+from collections.abc import Mapping
 from pathlib import Path
 
 from trueup.errors import ConfigError
@@ -10,23 +17,31 @@ from trueup.tasks.base import Question
 from trueup.tasks.mathematics import same_value
 
 SCORERS = ("exact", "contains", "math")
+ROLES = ("system", "user", "assistant", "developer", "tool")
 
 
 class Jsonl:
-    """`scorer`: exact (after stripping), contains, or math (math-verify on the completion's final expression)."""
+    """`scorer`: exact (after stripping), contains, or math (math-verify on the completion's final expression).
 
-    def __init__(self, path: Path, *, scorer: str = "exact") -> None:
+    Questions come in an order that depends on `seed` alone: a file that is sorted by difficulty is not a curriculum.
+    `digest` names the file's content.
+    """
+
+    def __init__(self, path: Path, *, scorer: str = "exact", seed: int = 0) -> None:
         """Read the file. Raises ConfigError naming the line that is wrong."""
         if scorer not in SCORERS:
             raise ConfigError(f"scorer must be one of {', '.join(SCORERS)}, not {scorer!r}")
         self.name, self.scorer = f"jsonl/{path.stem}", scorer
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            content = path.read_bytes()
+            lines = content.decode("utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} cannot be read: {error}") from None
+        self.digest = hashlib.sha256(content).hexdigest()
         self._questions = [_question(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
         if not self._questions:
             raise ConfigError(f"{path} holds no questions")
+        random.Random(seed).shuffle(self._questions)
 
     def __len__(self) -> int:
         return len(self._questions)
@@ -49,9 +64,23 @@ class Jsonl:
 def _question(line: str, where: str) -> Question:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where} is not valid JSON: {error}") from None
-    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) or not record["prompt"]:
-        raise ConfigError(f'{where} has no "prompt"')
+    if isinstance(record, list):
+        raise ConfigError(f"{where} holds a JSON array: write one object per line")
+    if not isinstance(record, dict):
+        raise ConfigError(f'{where} is not a JSON object with "prompt" and "answer"')
     answer = record.get("answer")
-    return Question(text=record["prompt"], answer=None if answer is None else str(answer))
+    prompt, text = record.get("prompt"), None if answer is None else str(answer)
+    if isinstance(prompt, list) and prompt:
+        return Question(messages=tuple(_message(m, where) for m in prompt), answer=text)
+    if not isinstance(prompt, str) or not prompt:
+        has = ", ".join(sorted(map(str, record)))[:80] or "nothing"
+        raise ConfigError(f'{where} has no "prompt" (it has {has}): rename the key that holds the question')
+    return Question(text=prompt, answer=text)
+
+
+def _message(message: object, where: str) -> Mapping[str, str]:
+    if isinstance(message, dict) and message.get("role") in ROLES and isinstance(message.get("content"), str):
+        return {"role": message["role"], "content": message["content"]}
+    raise ConfigError(f'{where}: a message of a prompt is {{"role": ..., "content": text}}, not {str(message)[:80]!r}')

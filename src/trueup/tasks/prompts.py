@@ -6,13 +6,13 @@ A question is tokenised once, here; what an engine returns is never tokenised ag
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from trueup.errors import ConfigError, ModelError
-from trueup.tasks.base import Task
+from trueup.tasks.base import Question, Task
 from trueup.types import Prompt
 
 BUCKETS = 16
@@ -52,16 +52,28 @@ class PromptSource:
         """Question number `index` as a prompt. Raises IndexError after a task's last question."""
         question = self.task.question(index)
         return Prompt(
-            prompt_id=f"{self.task.name}/{index}", task=self.task.name, token_ids=self.encode(question.text),
+            prompt_id=f"{self.task.name}/{index}", task=self.task.name, token_ids=self._ids(question),
             answer=question.answer,
         )  # fmt: skip
 
+    def _ids(self, question: Question) -> tuple[int, ...]:
+        if not question.messages:
+            return self.encode(question.text)
+        if not self.chat:
+            raise ConfigError(f"{self.task.name}: a prompt is a list of chat messages: set task.chat = true")
+        return self._chat(question.messages)
+
     def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of what the model is asked."""
+        """Token ids of a text that the model is asked."""
         if not self.chat:
             return tuple(self.tokenizer(text)["input_ids"])
-        messages = [{"role": "system", "content": self.system}] if self.system else []
-        messages.append({"role": "user", "content": text})
+        return self._chat([{"role": "user", "content": text}])
+
+    def _chat(self, turns: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+        """Token ids of chat messages, behind the task's system message unless they bring their own."""
+        own = any(turn["role"] in ("system", "developer") for turn in turns)
+        messages = [{"role": "system", "content": self.system}] if self.system and not own else []
+        messages += [dict(turn) for turn in turns]
         rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return tuple(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
 

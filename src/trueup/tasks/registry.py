@@ -21,7 +21,7 @@ def make_task(config: TaskConfig) -> Task:
 
         if config.path is None:
             raise ConfigError('task.name = "jsonl" needs task.path: one {"prompt": ..., "answer": ...} a line')
-        return Jsonl(config.path, scorer=config.scorer)
+        return Jsonl(config.path, scorer=config.scorer, seed=config.seed)
     if config.name.startswith(REASONING_GYM):
         from trueup.tasks.reasoning import ReasoningGym
 
