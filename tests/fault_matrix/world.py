@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import torch
 
 from tests.engine_kit import publish_perturbed
 from tests.fault_matrix.plans import Plan, World
+from tests.plain_engine import draw_completions
 from tests.plain_trainer import PlainTrainer, make_tiny_gpt2
 from tests.server_kit import ServerProcess
 from trueup.engines.probe_http import Answer, ProbeClient
@@ -159,8 +161,8 @@ class Stand:
         self.plant(plan.faults)
         if plan.stage == "in flight":
             return self._in_flight(base, plan.scale, seed)
-        if plan.stage == "stale rows":
-            return self._stale_rows(base, plan.scale, seed)
+        if plan.stage.startswith("stale rows"):
+            return self._stale_rows(base, plan.scale, seed, proven=plan.stage == "stale rows")
         versions = [self.perturbed(plan.scale) for _ in range(3 if plan.stage == "four updates" else 1)]
         for version in versions:
             self.update(version)
@@ -214,21 +216,25 @@ class Stand:
             self.update(new)
             return self._rows(prompts, answers.result()), new
 
-    def _stale_rows(self, base: int, scale: float, seed: int):
-        """Half of the rollouts made before an update, half after; the older weights are gone."""
+    def _stale_rows(self, base: int, scale: float, seed: int, *, proven: bool):
+        """Half of the rollouts made before an update, half after; `proven`: the check is given the older weights."""
         prompts, new = self._prompts(), self.perturbed(scale)
         asks = asks_of(prompts, {"temperature": 1.0}, max_tokens=TRIAL_TOKENS, seed=seed)
         answers = self.client.generate(asks[::2], together=True)
         self.update(new)
         answers += self.client.generate(asks[1::2], together=True)
-        return check_rollouts(self._rows([*prompts[::2], *prompts[1::2]], answers), model=self.checkpoint(new))
+        older = [str(self.store.folder(base))] if proven else []
+        rows = self._rows([*prompts[::2], *prompts[1::2]], answers)
+        return check_rollouts(rows, model=self.checkpoint(new), checkpoints=older)
 
     def _on_trial(self, plan: Plan, seed: int):
         """Rollouts of the engine as it is, scored by a trainer that goes wrong."""
         assert plan.trainer is not None
         mistake, numbers = plan.trainer
         values = {n: int(v) if n in ("batch", "end") else v for n, v in numbers.items()}
-        model, rows = self.model, self._trial_rows(seed, ended=mistake == "end")
+        model, rows = self.model, self._trial_rows(seed)
+        if mistake == "end":
+            model, rows, values["end"] = self._ended(rows)
         if plan.stage == "absolute positions":
             model, rows = self._gpt2_rows(seed)
         trainer = PlainTrainer(model, mistake, dtype=self.kind, **values)
@@ -237,14 +243,27 @@ class Stand:
         logged = trainer([SimpleNamespace(**r) for r in rows])
         return check_rollouts(rows, model=model, trainer_logprobs=logged)
 
-    def _trial_rows(self, seed: int, *, ended: bool) -> list[dict[str, object]]:
+    def _trial_rows(self, seed: int) -> list[dict[str, object]]:
         prompts = self._prompts()
         asks = asks_of(prompts, {"temperature": 1.0}, max_tokens=TRIAL_TOKENS, seed=seed)
-        answers = self.client.generate(asks, together=True)
-        if ended:
-            ids = [(*a.ids[:-1], self.world.eos) for a in answers]
-            answers = self.client.score(list(zip(prompts, ids, strict=True)), together=True)
-        return self._rows(prompts, answers)
+        return self._rows(prompts, self.client.generate(asks, together=True))
+
+    def _ended(self, rows: list[dict[str, object]]) -> tuple[Path, list[dict[str, object]], int]:
+        """Completions that end: the token that most of them hold becomes the end token, and they stop at their last."""
+        common = Counter(i for r in rows for i in set(r["completion_token_ids"])).most_common(1)[0][0]
+        model = Path(shutil.copytree(self.model, self.folder / f"ended-{time.monotonic_ns()}"))
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"eos_token_id": common}))
+        found = []
+        for row in rows:
+            ids = row["completion_token_ids"]
+            stop = len(ids) - ids[::-1].index(common) if common in ids else len(ids)
+            found.append(
+                row
+                | {n: row[n][:stop] for n in ("completion_token_ids", "completion_logprobs")}
+                | ({"weight_versions": row["weight_versions"][:stop]} if "weight_versions" in row else {})
+            )
+        return model, found, common
 
     def _gpt2_rows(self, seed: int) -> tuple[Path, list[dict[str, object]]]:
         """A model whose positions are absolute, and rows with its own numbers: no engine serves it."""
@@ -252,7 +271,7 @@ class Stand:
         if not model.is_dir():
             make_tiny_gpt2(model)
         prompts = [tuple(chooser.randrange(3, 90) for _ in range(4 + 3 * i)) for i in range(ROWS)]
-        ids = [tuple(chooser.randrange(3, 90) for _ in range(TRIAL_TOKENS)) for _ in prompts]
+        ids = [tuple(c) for c in draw_completions(model, [list(p) for p in prompts], length=TRIAL_TOKENS, seed=seed)]
         plain = [SimpleNamespace(prompt_token_ids=p, completion_token_ids=c) for p, c in zip(prompts, ids, strict=True)]
         right = PlainTrainer(model, batch=1, dtype=self.kind)(plain)
         answers = [Answer(ids=c, logprobs=tuple(v)) for c, v in zip(ids, right, strict=True)]

@@ -120,24 +120,26 @@ def one_seed(site: Site, seed: float) -> None:
 
 
 def off_rows(site: Site, every: float, nats: float) -> None:
-    """Each n-th completion carries numbers that are off by up to `nats`, as those of a stale replica are."""
-    chooser, counted = random.Random(0), [0]
+    """One completion in `every` carries numbers that are off by up to `nats`, as those of a stale replica are."""
 
     def moved(ids: list[int], values: list[float]) -> tuple[list[int], list[float]]:
-        counted[0] += 1
-        if counted[0] % int(every):
+        if sum(ids) % int(every):
             return ids, values
+        chooser = random.Random(sum(ids))
         return ids, [min(0.0, v + chooser.uniform(-nats, nats)) for v in values]
 
     site.answers(moved)
 
 
-def off_tokens(site: Site, share: float, nats: float) -> None:
-    """A few numbers are off by `nats` and more, each by another amount."""
-    chooser = random.Random(0)
+def off_tokens(site: Site, every: float, nats: float) -> None:
+    """One token in `every` carries a number that is off by `nats` to twice that."""
 
     def moved(ids: list[int], values: list[float]) -> tuple[list[int], list[float]]:
-        return ids, [v - nats * chooser.uniform(1, 2) if chooser.random() < share else v for v in values]
+        hashes = [random.Random(f"{ids[: t + 1]}") for t in range(len(ids))]
+        return ids, [
+            v - nats * (1 + chooser.random()) if chooser.random() * every < 1 else v
+            for v, chooser in zip(values, hashes, strict=True)
+        ]
 
     site.answers(moved)
 
