@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from trueup.monitor.rundir import RunFolder
 from trueup.pipeline.audit import sampled, shared_beginning, with_old_keys
 from trueup.pipeline.canary import Canary
 from trueup.pipeline.components import Bench, mixes_versions
+from trueup.pipeline.recipe import recipe_of
 from trueup.pipeline.watch import ParityWatch
 from trueup.presets import PRESETS
 from trueup.types import CacheLife, LogprobKind, Prompt, Rollout, RolloutGroup, SamplingParams
@@ -80,16 +83,40 @@ def test_a_rollout_mixes_versions_if_a_token_attended_to_anothers_keys(versions,
 
 
 @pytest.fixture
-def make_canary(tmp_path):
-    """Of a tiny policy whose version v has its head scaled by 1 + v / 10."""
+def bench(tmp_path):
+    """Of a tiny policy whose version v has its matrices scaled by 1 + v / 10."""
     model = open_policy(load_model(make_tiny(tmp_path / "tiny"), dtype=torch.float32), bitwise=False)
     start = {n: p.detach().clone() for n, p in model.lm.named_parameters()}
 
     def tensors_of(version):
         return {n: p * (1 + version / 10) if p.ndim == 2 else p for n, p in start.items()}
 
-    bench = Bench(model, tensors_of, head_dtype=torch.float32, share_prompts=True, micro_tokens=1024)
+    return Bench(model, tensors_of, head_dtype=torch.float32, share_prompts=True, micro_tokens=1024)
+
+
+@pytest.fixture
+def make_canary(bench, tmp_path):
     return lambda: Canary(bench, tmp_path / "parity" / "canary.json", lambda: range(20))
+
+
+def test_each_part_of_the_policy_ratio_is_later_minus_earlier(bench):
+    """Backend, staleness and policy against the versions scored one by one; together they are the whole ratio."""
+    made = group(4, 3)
+    stamped = [replace(r, weight_versions=(v,) * len(r.token_ids)) for v, r in zip((1, 2), made.rollouts, strict=True)]
+    groups = [RolloutGroup(rollouts=tuple(stamped), rewards=(0.0, 1.0))]
+    recipe = recipe_of(build_config({"train": {"model": "unused"}}))
+    close = partial(torch.testing.assert_close, atol=1e-4, rtol=0)  # rows are scored in other batches
+    batch, parts = bench.take_apart(groups, proximal=3, current=4, recipe=recipe)
+    logprobs = {v: bench.score(v, batch).logprobs_T.double() for v in (1, 2, 3, 4)}
+    own_T = torch.where(batch.version_T == 1, logprobs[1], logprobs[2])
+    assert parts.lag_T.tolist() == [2] * 4 + [1] * 3
+    close(parts.backend_T, own_T - batch.behaviour_logprobs_T.double())
+    close(parts.stale_kv_T, torch.zeros(7, dtype=torch.float64))
+    close(parts.staleness_T, logprobs[3] - own_T)
+    close(parts.policy_T, logprobs[4] - logprobs[3])
+    assert float((logprobs[3] - own_T).abs().min()) > 1e-2  # a wrong sign would show
+    whole_T = parts.backend_T + parts.stale_kv_T + parts.staleness_T + parts.policy_T
+    close(whole_T, logprobs[4] - batch.behaviour_logprobs_T.double())
 
 
 @pytest.fixture
