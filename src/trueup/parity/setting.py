@@ -310,7 +310,7 @@ class SettingJudge:
         elif outcome == "mismatch" and not causes:  # a weak or a combined form of any of them may be behind it
             untested |= dict.fromkeys(found.ruled_out, TRIED)
             ruled_out = list(INVARIANTS)
-        if draws.verdict == "agree" and outcome == "agree":
+        if draws.verdict == "agree" and outcome != "inconclusive":
             ruled_out.append("S13")
         elif draws.verdict == "not judged" and setting.case.drawn:
             untested["S13"] = draws.why
