@@ -41,6 +41,8 @@ def assert_whole(run, *, batches, groups):
     made = ["skipped" not in m for m in metrics]
     assert [m["version"] for m in metrics] == list(itertools.accumulate(made))
     assert [b["version"] for b in records] == [0, *itertools.accumulate(made[:-1])]
+    served = [u["version"] for u in lines(run / "updates.jsonl") if u["version"]]
+    assert served == list(range(1, metrics[-1]["version"] + 1))
 
 
 class Unreliable(Repeat):
