@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from trueup.parity.catalogue import IMPLEMENTED, NOT_IMPLEMENTED, order_of
-from trueup.parity.report import TRIED, Cause, SettingReport
+from trueup.parity.report import NOT_TRIED, TRIED, Cause, SettingReport
 from trueup.trace import TraceRow
 
 NOT_BUILT = "not implemented: never named"
@@ -32,7 +32,7 @@ def merge(reports: Sequence[SettingReport], probed: Sequence[Cause] = ()) -> lis
 
 def ruled_out(reports: Sequence[SettingReport], named: Sequence[Cause], probed: Sequence[str] = ()) -> list[str]:
     """Ids that a setting or a probe ruled out, and that no other setting leaves possible, in catalogue order."""
-    open_elsewhere = {i for r in reports for i, why in r.untested.items() if why == TRIED}
+    open_elsewhere = {i for r in reports for i, why in r.untested.items() if why in (TRIED, NOT_TRIED)}
     somewhere = {i for r in reports for i in r.ruled_out} - open_elsewhere
     possible = {i for r in reports for group in r.ambiguous for i in group} | {c.id for c in named}
     return sorted((somewhere | set(probed)) - possible, key=order_of)

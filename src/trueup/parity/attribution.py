@@ -19,6 +19,7 @@ from trueup.parity.evidence import TRAINER, EngineModel, Evidence, Source
 from trueup.parity.findings import Attribution, Finding
 from trueup.parity.floor import FLOAT32_NATS, Floor, Judgement, judge
 from trueup.parity.hypotheses import Hypothesis, Variant
+from trueup.parity.report import NOT_TRIED
 from trueup.policy.processing import Distribution
 
 BEAM = 3
@@ -40,7 +41,6 @@ REFINED = 3
 """Costly candidates that are refined, of all that look promising."""
 UNDER_FLOOR = "its effect here would be smaller than the noise floor"
 NO_SIMULATION = "it cannot be simulated for this kind of model"
-NOT_TRIED = "not tried: the search was cut short (check.search_tokens, check.search_s)"
 REFINE_ROUNDS = 24
 FINEST_STEP = 1 / 256
 REFINE_GAIN = 0.002
@@ -367,6 +367,7 @@ class Attributor:
             ambiguous=ambiguous,
             ruled_out=tuple(ruled_out),
             unseeable=unseeable,
+            tried=tuple(h.id for h in (*self.cheap, *(self.simulated if self.searched else ()))),
             searched=self.searched,
             unfinished=tuple(sorted(self.unfinished - chosen)),
         )

@@ -42,6 +42,7 @@ SKEW = 1.2
 SAME_NATS = 1e-6
 MAX_COMPARED = 64
 """Completions of a prompt that each further one is compared with."""
+TOO_FEW_FIRST = "so few completions could not show that only their first tokens are drawn greedily"
 EXACT_COUNT = 512
 """Up to so many tokens the number of most likely ones is judged exactly, beyond that as a normal number."""
 
@@ -54,6 +55,7 @@ class Draws:
     for draws that are colder than declared. `top_tokens` counts tokens that are the most likely ones, where
     `top_expected` were expected; `first_top` and `first_expected` do so for the first token of each completion.
     `copies` counts completions that repeat another one of the same prompt: they are left out of the rest.
+    `blind` says what these tokens could not have shown.
     """
 
     verdict: str
@@ -67,6 +69,7 @@ class Draws:
     first_expected: float = math.nan
     copies: int = 0
     shared_seed: bool = False
+    blind: str = ""
 
     def as_dict(self) -> dict[str, object]:
         """Return plain values for JSON."""
@@ -123,6 +126,7 @@ def judge_draws(
         tokens=count, surprise_z=z, top_tokens=int(top_T.sum()), top_expected=float(chance_T.sum()),
         first_tokens=int(first_T.sum()), first_top=int(top_T[first_T].sum()),
         first_expected=float(chance_T[first_T].sum()), copies=copies, shared_seed=shared,
+        blind="" if top_count_chance(chance_T[first_T], int(first_T.sum())) < rate else TOO_FEW_FIRST,
     )  # fmt: skip
 
 

@@ -30,7 +30,8 @@ class Attribution:
     """The outcome for one setting.
 
     `model` is the fitted engine, `judgement` its held-back residual against `floor`. `ambiguous` lists groups of ids
-    the tokens cannot separate; `ruled_out` ids that were tried and fit clearly worse; `unseeable` id to reason.
+    the tokens cannot separate; `ruled_out` ids that were tried and fit clearly worse; `unseeable` id to reason,
+    `tried` every id that was looked for.
     `searched`: whether costly causes were tried as well; `unfinished`: those that a budget left untried.
     """
 
@@ -41,5 +42,6 @@ class Attribution:
     ambiguous: tuple[tuple[str, ...], ...]
     ruled_out: tuple[str, ...]
     unseeable: dict[str, str]
+    tried: tuple[str, ...]
     searched: bool = False
     unfinished: tuple[str, ...] = ()

@@ -12,6 +12,7 @@ from trueup.parity.catalogue import separated_by
 
 SCHEMA = "trueup.parity/1"
 TRIED = "tried, and does not account for the gap"
+NOT_TRIED = "not tried: the search was cut short (check.search_tokens, check.search_s)"
 """Why an id is not ruled out by a setting in which nothing explains the gap."""
 EXIT_CODES = {"agree": 0, "mismatch": 1, "inconclusive": 2}
 

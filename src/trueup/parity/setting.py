@@ -23,7 +23,7 @@ from trueup.parity.invariants import INVARIANTS, broken_invariants, positive_log
 from trueup.parity.logged_trainer import describe, rows_with_trainer
 from trueup.parity.marks import at_edge, fillers, without
 from trueup.parity.replicas import divide
-from trueup.parity.report import TRIED, Cause, SettingReport
+from trueup.parity.report import NOT_TRIED, TRIED, Cause, SettingReport
 from trueup.parity.scorer import Scorer
 from trueup.parity.write_up import (
     causes_of,
@@ -273,14 +273,19 @@ class SettingJudge:
             return not_judged(f"{', '.join(case.unmodelled)} changes the distribution and is not modelled"), None
         if found.model.bias is not None or found.model.allowed:
             return not_judged("the engine changes single logits"), None
+        source = EXACT if found.model.source.plain else found.model.source
         redrawn = any(f.hypothesis.redraws for f in found.findings)
-        model = EngineModel(
-            dist=found.model.dist if redrawn else case.processed,
-            source=EXACT if found.model.source.plain else found.model.source,
-        )
-        draws = judge_draws(
-            seen.evidence, model, self.limits, noise_rms=seen.floor.rms, token_limit=seen.verdict.token_limit
-        )
+        model = EngineModel(dist=found.model.dist if redrawn else case.processed, source=source)
+
+        def judged(by: EngineModel) -> Draws:
+            return judge_draws(
+                seen.evidence, by, self.limits, noise_rms=seen.floor.rms, token_limit=seen.verdict.token_limit
+            )
+
+        draws = judged(model)
+        if draws.verdict == "mismatch" and any(f.hypothesis.may_redraw for f in found.findings):
+            reported = EngineModel(dist=found.model.dist, source=source)
+            draws = again if (again := judged(reported)).verdict == "agree" else draws
         if seen.mismatch and not (found.findings and found.judgement.within):
             said = "fit the declared distribution" if draws.verdict == "agree" else "do not fit it either"
             return replace(draws, verdict="not judged", why=f"the numbers are unexplained; the draws {said}"), None
@@ -308,10 +313,13 @@ class SettingJudge:
         if outcome == "inconclusive":
             ruled_out = []
         elif outcome == "mismatch" and not causes:  # a weak or a combined form of any of them may be behind it
-            untested |= dict.fromkeys(found.ruled_out, TRIED)
+            untested |= {i: TRIED for i in (*found.ruled_out, *found.tried) if untested.get(i) != NOT_TRIED}
             ruled_out = list(INVARIANTS)
         if draws.verdict == "agree" and outcome != "inconclusive":
-            ruled_out.append("S13")
+            if draws.blind:
+                untested["S13"] = draws.blind
+            else:
+                ruled_out.append("S13")
         elif draws.verdict == "not judged" and setting.case.drawn:
             untested["S13"] = draws.why
         label = setting.case.label()

@@ -326,7 +326,8 @@ def cut_prompts(site: Site, last: float) -> None:
 
 
 def padded_vocabulary(site: Site, rows: float) -> None:
-    """T10: rows of zeros beyond the vocabulary take part in the softmax; they are never drawn."""
+    """T10: rows of zeros beyond the vocabulary take part in every softmax, of scores too; they are never drawn."""
+    count = site.runner.head.weight_VD.shape[0]
 
     def padded(head: Head) -> Head:
         return replace(
@@ -334,7 +335,9 @@ def padded_vocabulary(site: Site, rows: float) -> None:
         )
 
     own = _own(LogprobKind.PROCESSED)
-    site.reported(lambda seq, state, head: float(_score(seq, state, padded(head), own(seq)).logprobs_T[0]))
+    site.heads(padded)
+    site.drawn(lambda head, sequence: replace(head, weight_VD=head.weight_VD[:count]))
+    site.reported(lambda seq, state, head: float(_score(seq, state, head, own(seq)).logprobs_T[0]))
 
 
 # Weights: what an update does.

@@ -43,7 +43,8 @@ class Hypothesis:
     None. `simulates` marks causes that need further forward passes and are tried only when nothing cheaper explains the
     gap, on a few tokens first unless `screened` is off (every row must be run anyway); `numeric` those that could only
     leave a small gap; `redraws` those under which the tokens too are drawn from what is reported, not from what was
-    declared. `side`: whose fault it is, "engine", "trainer" or "log" (what was reported or written down).
+    declared, `may_redraw` those under which they may be drawn from either. `side`: whose fault it is, "engine",
+    "trainer" or "log" (what was reported or written down).
     """
 
     id: str
@@ -57,6 +58,7 @@ class Hypothesis:
     screened: bool = True
     numeric: bool = False
     redraws: bool = False
+    may_redraw: bool = False
     side: str = "engine"
 
     def __post_init__(self) -> None:

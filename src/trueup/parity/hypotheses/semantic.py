@@ -227,6 +227,7 @@ HYPOTHESES = (
         fix="set top_p=1, top_k=0 and min_p=0 for rollouts, or replay the sampling mask in the trainer",
         variants=_truncation,
         unseeable=_truncation_unseeable,
+        may_redraw=True,
     ),
     Hypothesis(
         id="S6",
@@ -235,5 +236,6 @@ HYPOTHESES = (
         fix="turn penalties, logit_bias, bad_words and min_tokens off for rollouts, or replay them in the trainer",
         variants=_penalties,
         refine=_closer_penalty,
+        may_redraw=True,
     ),
 )
