@@ -80,6 +80,18 @@ def _favoured(evidence: Evidence, residual_T: torch.Tensor) -> tuple[int, ...]:
     )
 
 
+def _missed(evidence: Evidence, model: EngineModel, ids: list[int]) -> list[int]:
+    """The ids whose probability goes with what a model leaves: where one was likely, the others are raised."""
+    raised_T = evidence.tokens.engine_T - render(evidence, model)
+    ok_T = torch.isfinite(raised_T)
+
+    def goes_with(token_id: int) -> float:
+        mass_T = evidence.mass(model.source, model.dist.temperature, (token_id,)).double()
+        return float(torch.corrcoef(torch.stack([mass_T[ok_T], raised_T[ok_T].double()]))[0, 1])
+
+    return sorted(ids, key=goes_with, reverse=True)[:CANDIDATES]
+
+
 def closer_bias(evidence: Evidence, variant: Variant, step: float) -> list[Variant]:
     """Neighbours of a fitted bias; for forbidden ids, one more that was never drawn or one fewer."""
     if variant.model.bias is None:
@@ -93,7 +105,7 @@ def closer_bias(evidence: Evidence, variant: Variant, step: float) -> list[Varia
     whole = evidence.everything
     drawn = set(whole.tokens.targets_T.tolist())
     expected_V = whole.expected()
-    others = [int(i) for i in expected_V.argsort(descending=True)[:MAX_IDS] if int(i) not in drawn | set(ids)]
-    changed = [tuple(sorted({*ids, i})) for i in others[:CANDIDATES]]
+    others = [int(i) for i in expected_V.argsort(descending=True) if int(i) not in drawn | set(ids)][:MAX_IDS]
+    changed = [tuple(sorted({*ids, i})) for i in _missed(evidence, variant.model, others)]
     changed += [tuple(i for i in ids if i != gone) for gone in ids] if 1 < len(ids) <= CANDIDATES else []
     return [_variant(variant.model, c, bias) for c in changed]

@@ -107,10 +107,5 @@ def drifts(evidence: Evidence, left: Residual) -> bool:
     parts = [left.residual_T[left.usable_T & (part_T == part)] for part in range(3)]
     if min(map(len, parts)) < DRIFT_TOKENS:
         return False
-    return all(  # the mean square alone is a matter of the few largest
-        max(sizes) > DRIFT * max(min(sizes), 1e-300)
-        for sizes in (
-            [float(part.square().mean().sqrt()) for part in parts],
-            [float(part.abs().median()) for part in parts],
-        )
-    )
+    sizes = [float(part.square().mean()) for part in parts]
+    return max(sizes) > DRIFT**2 * max(min(sizes), 1e-300)
