@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from trueup.model.altered import words_of
-from trueup.parity.evidence import EXACT, EngineModel, Evidence, HeadEdit
+from trueup.parity.evidence import EXACT, TRAINER, EngineModel, Evidence, HeadEdit
 from trueup.parity.hypotheses import Hypothesis, Variant
 from trueup.parity.recipe import flag_of
 
@@ -130,13 +130,18 @@ def _padded(evidence: Evidence, model: EngineModel) -> list[Variant]:
     if not model.source.plain:
         return []
     vocab = evidence.facts.vocab
-    rounded = {-vocab % multiple for multiple in (64, 128, 256, 512, 1024, 4096)} - {0}
-    return [_with_rows(model, count) for count in sorted(rounded | set(PADDED))]
+    multiples = {-vocab % multiple for multiple in (64, 128, 256, 512, 1024, 4096)} - {0}
+    return [
+        _with_rows(replace(model, source=ground), count)
+        for ground in (EXACT, TRAINER)  # few rows leave less than a change of precision does
+        for count in sorted(multiples | set(PADDED))
+    ]
 
 
 def _with_rows(model: EngineModel, count: int) -> Variant:
     words = f"a softmax over {count} rows more than the vocabulary has"
-    return _edited(model, HeadEdit(padded_rows=count), words)
+    source = replace(model.source, head=HeadEdit(padded_rows=count))
+    return Variant(model=replace(model, source=source), detail=f"engine fits {words}")
 
 
 def _finer(evidence: Evidence, variant: Variant, step: float) -> list[Variant]:
