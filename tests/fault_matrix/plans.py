@@ -361,7 +361,7 @@ INVISIBLE: dict[tuple[str, str, str], str] = {
 EXPLAINED: dict[tuple[str, str, str], str] = {
     ("smollm2", "bfloat16", "I5"): f"{BF16}: cached prompts in 8 bits move numbers by 0.028 nats rms in float32",
 }
-"""The same, found out after a run: explanations are no predictions, and are listed apart."""
+"""The same, but found only after a run. These explain a result and did not predict it, so they are kept apart."""
 
 
 def invisible(w: World, cause: str) -> str | None:

@@ -121,7 +121,7 @@ def test_a_planted_fault_is_named_first(live, fault, values, knobs, cause):
     ("fault", "values"), [("drifting_temperature", {"slope": 0.03}), ("no_repeats", {"length": 2.0})]
 )
 def test_what_the_catalogue_has_no_name_for_gets_none(live, fault, values):
-    """A sampler that changes as it goes is no decoding kernel, whatever scores of the same tokens say."""
+    """A sampler that changes during a completion is not named as a decoding fault, even if its scores agree."""
     live.plant(fault, **values)
     for depth in ("full", "quick"):
         report = live.check(depth=depth)

@@ -155,7 +155,7 @@ def test_engines_are_judged_apart(canary):
 
 
 def test_an_engine_that_lags_from_the_first_look_on_is_w2(canary):
-    """The auditor was started again at version 5: its first look is no measure if an older version fits."""
+    """After a restart at version 5, the first look is not taken as the baseline if an older version fits better."""
     found = canary.judge(0, 5, canary.expected(4))
     assert (found.id, found.fits) == ("W2", 4) and "first look" in found.evidence
     for version in range(6, 10):

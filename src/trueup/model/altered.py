@@ -157,7 +157,8 @@ def words_of(name: str, value: float) -> str:
 
 
 def alter(model: LoadedModel, stack: ExitStack, name: str, value: float) -> bool:
-    """Patch a model as `name` says; False if that is no alteration. Raises ModelError where it cannot be done."""
+    """Patch a model as `name` says; False if there is no alteration of that name. Raises ModelError if the model
+    does not allow it."""
     kind, _, rest = name.partition("@")
     if kind in ALTERATIONS:
         ALTERATIONS[kind][1](model, stack, value)

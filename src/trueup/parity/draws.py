@@ -33,7 +33,7 @@ FILTERS: dict[str, tuple[float, ...]] = {
 }
 """What draws are compared with to say where they may come from."""
 LIKELIER_NATS = 7.0
-"""Another distribution is named if it makes the tokens a thousand times likelier."""
+"""Another distribution is named only if the tokens are a thousand times more likely under it."""
 IMPOSSIBLE_NATS = 25.0
 NEARLY_ALL = 0.97
 STATISTICS = 4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from trueup.knobs import CheckConfig
 from trueup.parity.evidence import EXACT, Case
 from trueup.parity.floor import FLOAT32_NATS
 from trueup.parity.invariants import well_formed
-from trueup.parity.recipe import flag_of
+from trueup.parity.recipe import as_mapping, flag_of
 from trueup.parity.scorer import Arithmetic, Scorer
 from trueup.policy.processing import Distribution
 from trueup.trace import EngineInfo, Trace, TraceRow
@@ -55,13 +54,7 @@ def parse_dtype(name: object) -> torch.dtype | None:
 
 def _head_flag(flags: Mapping[str, object]) -> object:
     """head_dtype, given as a flag of its own or inside vLLM's hf_overrides (a mapping or JSON text)."""
-    overrides = flag_of(flags, "hf_overrides")
-    if isinstance(overrides, str):
-        try:
-            overrides = json.loads(overrides)
-        except (ValueError, RecursionError):
-            overrides = None
-    return flag_of(flags, "head_dtype") or (overrides.get("head_dtype") if isinstance(overrides, Mapping) else None)
+    return flag_of(flags, "head_dtype") or as_mapping(flag_of(flags, "hf_overrides")).get("head_dtype")
 
 
 def _body(flags: Mapping[str, object], checkpoint: torch.dtype) -> torch.dtype:

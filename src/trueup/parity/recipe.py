@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -54,6 +55,16 @@ def flag_of(flags: Mapping[str, object], *names: str) -> object:
             if spelling in flags:
                 return flags[spelling]
     return None
+
+
+def as_mapping(value: object) -> Mapping[str, object]:
+    """Return a flag's value that is a mapping, or JSON text of one; an empty mapping for anything else."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return {}
+    return value if isinstance(value, Mapping) else {}
 
 
 def _truth(value: object) -> bool | None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 
 from trueup.model.altered import words_of
 from trueup.parity.evidence import EXACT, TRAINER, EngineModel, Evidence, HeadEdit
 from trueup.parity.hypotheses import Hypothesis, Variant
-from trueup.parity.recipe import flag_of
+from trueup.parity.recipe import as_mapping, flag_of
 
 THETA_FACTORS = (0.03, 0.1, 0.3, 0.6, 0.9, 1.1, 1.6, 3.0, 10.0, 30.0)
 LINEAR_FACTORS = (1.05, 1.2, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
@@ -55,23 +54,11 @@ def _edited(model: EngineModel, head: HeadEdit, words: str) -> Variant:
 def declared_rope(evidence: Evidence) -> str | None:
     """The rotary parameters that the engine's own flags declare, as JSON; None if they declare none."""
     flags = evidence.case.engine.flags
-    overrides = flag_of(flags, "hf_overrides")
-    if isinstance(overrides, str):
-        try:
-            overrides = json.loads(overrides)
-        except (ValueError, RecursionError):
-            overrides = None
-    given = {**overrides} if isinstance(overrides, Mapping) else {}
+    given = dict(as_mapping(flag_of(flags, "hf_overrides")))
     given |= {name: value for name in ROPE_FLAGS if (value := flag_of(flags, name)) is not None}
     found: dict[str, object] = {}
     for name in ("rope_scaling", "rope_parameters"):
-        value = given.get(name)
-        if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except (ValueError, RecursionError):
-                continue
-        found |= value if isinstance(value, Mapping) else {}
+        found |= as_mapping(given.get(name))
     if isinstance(given.get("rope_theta"), int | float):
         found["rope_theta"] = given["rope_theta"]
     return json.dumps(found, sort_keys=True, default=str) if found else None
