@@ -304,6 +304,7 @@ def outcome(report, cause: str) -> dict[str, object]:
         "named": named,
         "first": bool(named) and named[0] == cause,
         "denied": cause in report.ruled_out,
+        "hidden": cause in report.not_seen,
         "ambiguous": ambiguous,
         "unexplained": sum(s.unexplained is not None for s in report.settings),
         "rms": None if rms is None else float(f"{rms:.3g}"),

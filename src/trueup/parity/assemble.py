@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from trueup.parity.catalogue import IMPLEMENTED, NOT_IMPLEMENTED, order_of
@@ -30,27 +30,45 @@ def merge(reports: Sequence[SettingReport], probed: Sequence[Cause] = ()) -> lis
     return [*first.values(), *rest]
 
 
-def ruled_out(reports: Sequence[SettingReport], named: Sequence[Cause], probed: Sequence[str] = ()) -> list[str]:
-    """Ids that a setting or a probe ruled out, and that no other setting leaves possible, in catalogue order."""
-    open_elsewhere = {i for r in reports for i, why in r.untested.items() if why in (TRIED, NOT_TRIED)}
-    somewhere = {i for r in reports for i in r.ruled_out} - open_elsewhere
-    possible = {i for r in reports for group in r.ambiguous for i in group} | {c.id for c in named}
-    return sorted((somewhere | set(probed)) - possible, key=order_of)
+def ruled_out(reports: Sequence[SettingReport], named: Sequence[Cause]) -> list[str]:
+    """Ids that a setting ruled out, and that no other setting leaves possible, in catalogue order."""
+    gone = _possible(reports, named) | _left_open(reports)
+    return sorted({i for r in reports for i in r.ruled_out} - gone, key=order_of)
 
 
-def reach(ruled_out: Sequence[str], rows: Sequence[TraceRow], *, by_ids: bool) -> list[str]:
-    """How far causes are ruled out that only longer sequences, or prompts sent as text (not `by_ids`), could show."""
+def not_seen(
+    reports: Sequence[SettingReport], named: Sequence[Cause], probed: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """Ids that are neither named nor ruled out nor possible, with the smallest rms in nats above which a setting or a
+    probe (`probed`) would have shown them, in catalogue order."""
+    sizes = dict(probed or {})
+    for cause_id, size in (item for r in reports for item in r.not_seen.items()):
+        sizes[cause_id] = min(size, sizes.get(cause_id, size))
+    gone = _possible(reports, named) | (_left_open(reports) - set(probed or {})) | set(ruled_out(reports, named))
+    return {i: sizes[i] for i in sorted(sizes.keys() - gone, key=order_of)}
+
+
+def _possible(reports: Sequence[SettingReport], named: Sequence[Cause]) -> set[str]:
+    """Ids that are named, or that a setting could not tell from those."""
+    return {i for r in reports for group in r.ambiguous for i in group} | {c.id for c in named}
+
+
+def _left_open(reports: Sequence[SettingReport]) -> set[str]:
+    """Ids that may be behind a gap that a setting leaves unexplained."""
+    return {i for r in reports for i, why in r.untested.items() if why in (TRIED, NOT_TRIED)}
+
+
+def reach(absent: Collection[str], rows: Sequence[TraceRow], *, by_ids: bool) -> list[str]:
+    """How far causes that were not there were looked for, where only longer sequences, or prompts sent as text (not
+    `by_ids`), could show them."""
     notes = []
-    long = [i for i in ("T9", "I8", "I9") if i in ruled_out]
+    long = [i for i in ("T9", "I8", "I9") if i in absent]
     if long and rows:
         longest = max(len(r.prompt_token_ids) + len(r.completion_token_ids) for r in rows)
-        notes.append(f"{' '.join(long)}: ruled out up to {longest} tokens, the longest sequence looked at")
-    sized = [i for i in ("S3", "S5", "S6", "I3", "I4", "I5", "I15") if i in ruled_out]
-    if sized:
-        notes.append(f"{' '.join(sized)}: ruled out at any size that would show above the noise floor")
-    worded = [i for i in ("T3", "T5") if i in ruled_out]
+        notes.append(f"{' '.join(long)}: looked for up to {longest} tokens, the longest sequence here")
+    worded = [i for i in ("T3", "T5") if i in absent]
     if worded and by_ids:
-        notes.append(f"{' '.join(worded)}: ruled out for prompts sent as token ids, as here; not for text or chat")
+        notes.append(f"{' '.join(worded)}: looked for with prompts sent as token ids, as here; not with text or chat")
     return notes
 
 

@@ -14,10 +14,10 @@ from trueup.knobs import LimitsConfig
 from trueup.parity import compare
 from trueup.parity.budget import Budget, unlimited
 from trueup.parity.candidates import Candidate, Edit
-from trueup.parity.compare import Residual, clearly_better, log_likelihood, loss, residual, separation
+from trueup.parity.compare import Residual, clearly_better, log_likelihood, loss, residual, separation, would_show
 from trueup.parity.evidence import TRAINER, EngineModel, Evidence, Source
 from trueup.parity.findings import Attribution, Finding
-from trueup.parity.floor import FLOAT32_NATS, Floor, Judgement, judge
+from trueup.parity.floor import Floor, Judgement, judge
 from trueup.parity.hypotheses import Hypothesis, Variant
 from trueup.parity.report import NOT_TRIED
 from trueup.policy.processing import Distribution
@@ -39,7 +39,6 @@ LIKELIER_NATS = 7.0
 """Of two causes that predict the same numbers one is dropped if it makes the tokens a thousand times less likely."""
 REFINED = 3
 """Costly candidates that are refined, of all that look promising."""
-UNDER_FLOOR = "its effect here would be smaller than the noise floor"
 NO_SIMULATION = "it cannot be simulated for this kind of model"
 REFINE_ROUNDS = 24
 FINEST_STEP = 1 / 256
@@ -336,26 +335,20 @@ class Attributor:
         rivals: list[str] = []
         unseeable = dict(self.unseeable)
         tried = {c.path[-1].hypothesis.id for c in singles}
-        if best is self.start and not self.searched:  # within the floor: no costly cause can be at work visibly
-            coarse = floor.rms > FLOAT32_NATS  # other 16-bit rounding may hide under it
-            self.hopeless |= {h.id for h in self.simulated if not (h.numeric and coarse)}
-            unseeable |= {h.id: UNDER_FLOOR for h in self.simulated if h.numeric and coarse}
         chosen = {e.hypothesis.id for e in best.path}
+        not_seen = [] if self.searched else [h.id for h in self.simulated if h.id not in unseeable]
         ruled_out = [h.id for h in self.cheap if h.id not in tried | chosen] + sorted(self.hopeless - tried - chosen)
         for candidate in singles:
             hypothesis = candidate.path[-1].hypothesis
             if hypothesis.id in chosen:
                 continue
             ours, theirs = self.held_residual(best.model), self.held_residual(candidate.model)
-            if clearly_better(ours, theirs, EDGE_ALLOWANCE):
+            no_effect = separation(self.held_residual(self.base), theirs) < floor.rms
+            if no_effect or clearly_better(ours, theirs, EDGE_ALLOWANCE):
                 ruled_out.append(hypothesis.id)
-            elif separation(self.held_residual(self.base), theirs) < floor.rms:
-                if hypothesis.refine is None:
-                    unseeable[hypothesis.id] = UNDER_FLOOR
-                else:  # its number was fitted, and came out as next to nothing
-                    ruled_out.append(hypothesis.id)
             elif best.path and self.held_judgement(candidate.model).within:
                 (ruled_out if self._less_likely(candidate, best) else rivals).append(hypothesis.id)
+        hidden = {i for i in ruled_out if not self._would_show(i, floor, verdict)}
         named = tuple(e.hypothesis.id for e in best.path)
         twins = sorted(self.twins.get(best.model, set()) - set(named)) if named else []
         ambiguous = ((*named, *rivals, *twins),) if rivals or twins else ()
@@ -365,12 +358,24 @@ class Attributor:
             floor=floor,
             judgement=verdict,
             ambiguous=ambiguous,
-            ruled_out=tuple(ruled_out),
+            ruled_out=tuple(i for i in ruled_out if i not in hidden),
+            not_seen=(*not_seen, *sorted(hidden)),
             unseeable=unseeable,
             tried=tuple(h.id for h in (*self.cheap, *(self.simulated if self.searched else ()))),
             searched=self.searched,
             unfinished=tuple(sorted(self.unfinished - chosen)),
         )
+
+    def _would_show(self, cause_id: str, floor: Floor, left: Judgement) -> bool:
+        """Whether a cause would show here at its smallest size, above the floor and above what was left unexplained."""
+        hypothesis = next(h for h in (*self.cheap, *self.simulated) if h.id == cause_id)
+        evidence = self.fit.screen or self.fit if hypothesis.simulates and hypothesis.screened else self.fit
+        variants = (hypothesis.smallest or hypothesis.variants)(self.fit, self.base)
+        models = [v.model for v in variants if v.model.source not in self.impossible]
+        if not models:
+            return hypothesis.marked
+        least = floor if left.within else replace(floor, rms=max(floor.rms, left.rms), rows={})
+        return would_show(evidence, self.base, models, least, self.limits)
 
     def _findings(self, best: Candidate, *, complete: bool, ambiguous: bool) -> tuple[Finding, ...]:
         """One finding an edit, with the share of mean |r| it takes away on top of the edits before it."""

@@ -55,6 +55,14 @@ def bias_variants(evidence: Evidence, model: EngineModel) -> list[Variant]:
     return found
 
 
+def smallest_bias(evidence: Evidence, model: EngineModel) -> list[Variant]:
+    """The smallest bias that is tried, on the id that was drawn most often."""
+    if model.bias is not None or model.allowed or model.dist.truncates or model.dist.penalises:
+        return []
+    commonest = int(evidence.tokens.targets_T.mode().values)
+    return [_variant(model, (commonest,), min(BIASES))]
+
+
 def _repeated(whole: Evidence, fit: Evidence, off_T: torch.Tensor, ids: tuple[int, ...]) -> bool:
     """Whether occurrences of the ids in the other rows, which had no part in choosing them, are raised as well.
 

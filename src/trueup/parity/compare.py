@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from trueup.knobs import LimitsConfig
 from trueup.parity.evidence import TRAINER, EngineModel, Evidence, render
-from trueup.parity.floor import BOOTSTRAPS, cluster_bootstrap, sum_per_row
+from trueup.parity.floor import BOOTSTRAPS, Floor, cluster_bootstrap, judge, sum_per_row
 from trueup.policy.processing import Distribution
 
 INFEASIBLE_NATS = 3.0
@@ -73,6 +75,21 @@ def clearly_better(better: Residual, worse: Residual, edge_allowance: float) -> 
         return False
     means = cluster_bootstrap(sum_per_row(high[both] - low[both], better.row_T[both]))
     return float(means[int(0.01 * BOOTSTRAPS)]) > 0
+
+
+def would_show(
+    evidence: Evidence, base: EngineModel, models: Sequence[EngineModel], floor: Floor, limits: LimitsConfig
+) -> bool:
+    """Whether the model that differs least from `base` would be beyond a limit by that difference alone, in an engine
+    that adds no rounding of its own."""
+    tokens, before = evidence.tokens, residual(evidence, base)
+    shifts = []
+    for model in models:
+        after = residual(evidence, model)
+        usable_T = before.usable_T & after.usable_T
+        shifts.append((before.residual_T - after.residual_T).masked_fill(~usable_T, torch.nan))
+    least_T = min(shifts, key=lambda shift_T: float(shift_T.square().nanmean().nan_to_num(0.0)), default=None)
+    return least_T is not None and bool(judge(least_T, tokens.row_T, floor, limits, lines=tokens.lines).reasons)
 
 
 def separation(first: Residual, second: Residual) -> float:

@@ -30,9 +30,9 @@ class Attribution:
     """The outcome for one setting.
 
     `model` is the fitted engine, `judgement` its held-back residual against `floor`. `ambiguous` lists groups of ids
-    the tokens cannot separate; `ruled_out` ids that were tried and fit clearly worse; `unseeable` id to reason,
-    `tried` every id that was looked for.
-    `searched`: whether costly causes were tried as well; `unfinished`: those that a budget left untried.
+    the tokens cannot separate; `ruled_out` ids that fit clearly worse and would have shown at their smallest size;
+    `not_seen` those that would not, or were not computed; `unseeable` id to reason, `tried` every id that was looked
+    for. `searched`: whether costly causes were tried as well; `unfinished`: those that a budget left untried.
     """
 
     findings: tuple[Finding, ...]
@@ -41,6 +41,7 @@ class Attribution:
     judgement: Judgement
     ambiguous: tuple[tuple[str, ...], ...]
     ruled_out: tuple[str, ...]
+    not_seen: tuple[str, ...]
     unseeable: dict[str, str]
     tried: tuple[str, ...]
     searched: bool = False

@@ -226,6 +226,12 @@ class Judgement:
         """Whether the gap is what rounding alone predicts."""
         return self.enough and not self.reasons
 
+    @property
+    def visible_rms(self) -> float:
+        """The rms in nats, over all tokens, above which a further gap would show: what is left below the limit, and no
+        less than the gap that is there."""
+        return max(self.rms, math.sqrt(max(0.0, self.rms_limit**2 - self.rms**2)))
+
 
 def normal_quantile(rate: float) -> float:
     """The value that a standard normal exceeds with probability `rate`."""

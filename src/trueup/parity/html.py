@@ -56,6 +56,8 @@ settings, {{ "%.0f" | format(report.seconds) }} s</td></tr>
 {% if scan %}<h2>Version scan</h2><div class="figures"><figure>{{ scan | safe }}<figcaption>mean |r| of the engine's
 numbers under each weight version given</figcaption></figure></div>{% endif %}
 <h2>Not named</h2><dl>
+<dt>not seen</dt><dd>{% for id, size in report.not_seen.items() %}{{ id }} (above {{ "%.2g" | format(size) }} nats
+rms){{ ", " if not loop.last }}{% else %}nothing{% endfor %}</dd>
 <dt>ruled out</dt><dd>{{ report.ruled_out | join(" ") or "nothing" }}</dd>
 <dt>untested</dt><dd>{% for id, why in report.untested.items() %}{{ id }}: {{ why }}<br>{% endfor %}</dd>
 {% if ambiguous %}<dt>ambiguous</dt><dd>{% for ids, how in ambiguous %}{{ ids | join(" ") }}: separated by

@@ -20,7 +20,7 @@ from trueup.knobs import CheckConfig
 from trueup.parity import verdicts
 from trueup.parity.against import URLS, against_baseline, against_engine
 from trueup.parity.asking import FEW, PLAIN, Asking
-from trueup.parity.assemble import merge, reach, ruled_out, untested
+from trueup.parity.assemble import merge, not_seen, reach, ruled_out, untested
 from trueup.parity.compare import residual
 from trueup.parity.decoding import decoding_cause, first_steps
 from trueup.parity.evidence import EngineModel
@@ -64,7 +64,8 @@ class LiveCheck:
     progress: Callable[[str, float], None]
     probes: list[Probed] = field(default_factory=list)
     causes: list[Cause] = field(default_factory=list)
-    not_there: set[str] = field(default_factory=set)
+    not_there: dict[str, float] = field(default_factory=dict)
+    """By id of what a probe looked for and did not see: the rms in nats above which it would have."""
     missing: dict[str, str] = field(default_factory=dict)
     """Why an id was not tested, if no setting says anything of it."""
     open: dict[str, str] = field(default_factory=dict)
@@ -171,11 +172,11 @@ class LiveCheck:
         if any(c.id == "I15" for c in found):
             self.open["I3"] = "the engine differs from itself without a batch (I15)"
         elif any(p.compared for p in repeats):
-            self.not_there.add("I15")
+            self.not_there["I15"] = limit
         if any(p.numbers_differ for p in batches) and not found:
             self.open["I3"] = "batches move the numbers, but hardly more than asking twice does"
         elif any(p.compared for p in batches) and not found:
-            self.not_there.add("I3")
+            self.not_there["I3"] = limit
 
     def _scores_changed(self, rows: Sequence[TraceRow], alone: Sequence[Answer], limit: float) -> bool:
         """Whether scores that fit the trainer when they were made first, with others, do not when made again, alone.
@@ -211,13 +212,13 @@ class LiveCheck:
         elif probe.differs or gap.parted:
             self.open["S5"] = f"not decided: {probe.text}"
         elif probe.compared:
-            self.not_there.add("S5")
+            self.not_there["S5"] = verdicts.SELF_LIMIT * floor
 
     def _judge(self, scoring: Setting | None, groups: Sequence[Setting]) -> list[SettingReport]:
         """Scoring first; what it shows of weights and arithmetic holds for generation too."""
         reports: list[SettingReport] = []
         given: Attribution | None = None
-        excluded = frozenset(self.not_there & {"S5"})
+        excluded = frozenset({"S5"} & self.not_there.keys())
         if (
             "S5" in excluded
         ):  # leaving fields out makes no difference: whatever the engine adds, it adds to every request
@@ -225,10 +226,11 @@ class LiveCheck:
         if scoring is not None:
             judged = self.bench.judge(scoring, excluded=frozenset(verdicts.SAMPLING_ONLY))
             ruled = tuple(i for i in judged.report.ruled_out if i not in verdicts.IN_REPORTING)
-            reports.append(replace(judged.report, ruled_out=ruled))
+            unseen = {i: x for i, x in judged.report.not_seen.items() if i not in verdicts.IN_REPORTING}
+            reports.append(replace(judged.report, ruled_out=ruled, not_seen=unseen))
             if judged.report.verdict == "agree":
                 excluded |= verdicts.ENGINE_IS_RIGHT
-                self.not_there |= verdicts.ENGINE_IS_RIGHT - verdicts.NUMERIC
+                self.not_there |= dict.fromkeys(verdicts.ENGINE_IS_RIGHT, judged.report.visible_rms)
             elif judged.found is not None and not judged.found.model.source.plain:
                 given = judged.found
             elif judged.found is not None and judged.found.searched:
@@ -251,7 +253,7 @@ class LiveCheck:
         if scoring is None:
             self.missing["I4"] = self.ask.cannot_score or QUICK
         elif plain is not None and generation is None and {reports[0].verdict, plain.verdict} == {"agree"}:
-            self.not_there.add("I4")
+            self.not_there["I4"] = plain.visible_rms
         else:
             self.missing["I4"] = QUICK if self.quick else "generation and scoring do not both fit the trainer"
         return verdicts.settle(reports, self.causes, self.probes)
@@ -295,7 +297,7 @@ class LiveCheck:
         if probe.differs and not found:
             self.open["I5"] = f"another cause may be behind this: {probe.text}"
         elif probe.compared and not found:
-            self.not_there.add("I5")
+            self.not_there["I5"] = verdicts.SELF_LIMIT * floor
         self.missing["I5"] = probe.text
         self.missing["W12"] = "needs an update of the weights (--allow-updates)"
 
@@ -321,7 +323,7 @@ class LiveCheck:
         outcome_ = probe.run(self.progress)
         self.probes += outcome_.probes
         self.causes += [c for c in outcome_.causes if c.id not in {k.id for k in self.causes}]
-        self.not_there |= outcome_.not_there
+        self.not_there |= dict.fromkeys(outcome_.not_there, limit)
         undecided = dict.fromkeys(NEEDS, "the updates did not decide it (see the probes)")
         self.missing |= undecided | outcome_.missing
         if outcome_.cache is not None:
@@ -348,17 +350,18 @@ class LiveCheck:
             "touched": self.touched, "search": bench.search_title(), "version_scan": bench.version_scan(groups[0]),
         }  # fmt: skip
         if len(self.clients) > 1 and all(r.verdict == "agree" for r in reports):
-            self.not_there.add("W9")
+            self.not_there["W9"] = max(r.visible_rms for r in reports)
         one = "one engine was given; repeat --engine for each replica"
         self.missing["W9"] = one if len(self.clients) == 1 else "no replica fits, so that none is the odd one"
         named = {c.id for c in causes}
         self.open = {i: why for i, why in self.open.items() if i not in named}
-        excluded = [i for i in ruled_out(reports, causes, sorted(self.not_there - named)) if i not in self.open]
+        excluded = [i for i in ruled_out(reports, causes) if i not in self.open]
+        unseen = {i: x for i, x in not_seen(reports, causes, self.not_there).items() if i not in self.open}
         return ParityReport(
             header=header, settings=tuple(reports), causes=tuple(causes),
-            notes=(*bench.notes, *reach(excluded, [r for g in groups for r in g.rows], by_ids=True)),
-            problems=tuple(bench.problems), ruled_out=tuple(excluded),
-            untested=untested(reports, [*excluded, *named], self.missing, self.open),
+            notes=(*bench.notes, *reach([*excluded, *unseen], [r for g in groups for r in g.rows], by_ids=True)),
+            problems=tuple(bench.problems), ruled_out=tuple(excluded), not_seen=unseen,
+            untested=untested(reports, [*excluded, *unseen, *named], self.missing, self.open),
             seconds=time.monotonic() - started, recipe=advice(groups), probes=tuple(p.as_dict() for p in self.probes),
         )  # fmt: skip
 

@@ -44,7 +44,7 @@ def neighbours(dist: Distribution, noise_rms: float) -> list[Distribution]:
         moved = share * min(dist.top_p, 1 - dist.top_p)
         found += [replace(dist, top_p=min(1.0, dist.top_p + sign * moved)) for sign in (-1, 1)]
     if dist.top_k:
-        count = max(1, dist.top_k // 4) if coarse else 1
+        count = max(1, int(share * dist.top_k))
         found += [replace(dist, top_k=k) for k in (dist.top_k - count, dist.top_k + count) if k > 0]
     if dist.min_p:
         found += [replace(dist, min_p=min(1.0, dist.min_p * (1 + sign * share))) for sign in (-1, 1)]

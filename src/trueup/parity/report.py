@@ -72,6 +72,10 @@ class SettingReport:
     ruled_out: tuple[str, ...]
     untested: dict[str, str]
     kept_mass: float | None
+    not_seen: dict[str, float] = field(default_factory=dict)
+    """By id of a cause that could hide here: the rms in nats above which it would have shown."""
+    visible_rms: float = math.nan
+    """The same for any further gap."""
     draws: dict[str, object] = field(default_factory=dict)
     sequence: dict[str, float] = field(default_factory=dict)
     """Of the longest completion: `tokens`, the `bias_nats` that its log ratio may be off by (two standard errors beyond
@@ -87,6 +91,7 @@ class SettingReport:
         record["sampling"] = record.pop("label")
         record["causes"] = [c.as_dict() for c in self.causes]
         record["untested"] = [{"id": i, "why": w} for i, w in self.untested.items()]
+        record["not_seen"] = [{"id": i, "above_rms": size} for i, size in self.not_seen.items()]
         return record
 
 
@@ -102,6 +107,7 @@ class ParityReport:
     untested: dict[str, str]
     ruled_out: tuple[str, ...]
     seconds: float
+    not_seen: dict[str, float] = field(default_factory=dict)
     against: dict[str, object] | None = None
     recipe: tuple[dict[str, str], ...] = field(default_factory=tuple)
     probes: tuple[dict[str, object], ...] = field(default_factory=tuple)
@@ -147,6 +153,7 @@ class ParityReport:
                 for group in sorted({a for s in self.settings for a in s.ambiguous})
             ],
             "ruled_out": list(self.ruled_out),
+            "not_seen": [{"id": i, "above_rms": size} for i, size in self.not_seen.items()],
             "untested": [{"id": i, "why": w} for i, w in self.untested.items()],
             "header": self.header,
             "notes": list(self.notes),

@@ -83,10 +83,12 @@ def check_rollouts(
         causes = which_padding(bench, settings[0], trainer, causes)
     named = {c.id for c in causes}
     absent = not_there(probes, named)
+    sizes = report.not_seen | dict.fromkeys(absent - {*report.ruled_out}, limit)
     return replace(
         report,
         causes=tuple(merge(report.settings, [*causes, *report.causes])),
-        ruled_out=tuple(sorted({*report.ruled_out, *absent} - named, key=order_of)),
+        ruled_out=tuple(i for i in report.ruled_out if i not in named),
+        not_seen={i: sizes[i] for i in sorted(sizes.keys() - named, key=order_of)},
         untested={i: why for i, why in report.untested.items() if i not in absent | named},
         probes=(*report.probes, *(p.as_dict() for p in probes)),
     )

@@ -11,7 +11,7 @@ from trueup import env
 from trueup.errors import ConfigError, RecordError, TraceError
 from trueup.knobs import CheckConfig
 from trueup.parity.against import compare_against
-from trueup.parity.assemble import merge, reach, ruled_out, untested
+from trueup.parity.assemble import merge, not_seen, reach, ruled_out, untested
 from trueup.parity.findings import Attribution
 from trueup.parity.grouping import Setting, group
 from trueup.parity.hypotheses import ENGINE_WIDE
@@ -108,13 +108,13 @@ def check_rows(bench: Workbench, trace: Trace) -> ParityReport:
         "tokens": sum(r.tokens for r in reports), "environment": env.describe(),
         "search": bench.search_title(), "version_scan": bench.version_scan(settings[0]),
     }  # fmt: skip
-    excluded = ruled_out(reports, causes)
+    excluded, unseen = ruled_out(reports, causes), not_seen(reports, causes)
     return ParityReport(
         header=header, settings=tuple(reports), causes=tuple(causes),
-        notes=(*bench.notes, *reach(excluded, trace.rows, by_ids=False)),
+        notes=(*bench.notes, *reach([*excluded, *unseen], trace.rows, by_ids=False)),
         problems=tuple(bench.problems),
-        untested=untested(reports, [*excluded, *(c.id for c in causes)], LOG_CANNOT_SHOW, {}),
-        ruled_out=tuple(excluded), seconds=time.monotonic() - started, recipe=advice(settings),
+        untested=untested(reports, [*excluded, *unseen, *(c.id for c in causes)], LOG_CANNOT_SHOW, {}),
+        ruled_out=tuple(excluded), not_seen=unseen, seconds=time.monotonic() - started, recipe=advice(settings),
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trueup.errors import ModelError
+from trueup.model.imitated import imitated
 from trueup.model.load import LoadedModel, checkpoint_digest, checkpoint_dtype, load_model
 from trueup.model.misbatched import misbatched_states
 from trueup.model.scoring import ScoredRow, check_fits, hidden_states
@@ -22,7 +23,7 @@ from trueup.model.substitute import EVERYTHING, check_same_shapes, head_weight, 
 from trueup.parity.context import Contexts
 from trueup.parity.evidence import EXACT, TRAINER, Case, Evidence, HeadEdit, Source, Tokens
 from trueup.parity.facts import Facts, facts_of
-from trueup.policy.head import Head
+from trueup.policy.head import Head, multiplies
 from trueup.policy.logprobs import TokenScores, rows_at_once, token_scores_under
 from trueup.policy.processing import Distribution, History
 from trueup.trace import TraceRow
@@ -78,6 +79,7 @@ class Scorer:
     _states: dict[object, dict[Key, Tensor]] = field(default_factory=dict)
     _tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     _contexts: Contexts | None = None
+    _imitated: LoadedModel | None = None
 
     @property
     def reference(self) -> Arithmetic:
@@ -101,6 +103,15 @@ class Scorer:
             self._models[dtype] = load_model(self.path, dtype=dtype, device=self.device)
         self._models.move_to_end(dtype)
         return self._models[dtype]
+
+    def running(self, dtype: torch.dtype) -> LoadedModel:
+        """The same for forward passes: a float32 imitation where this machine has no instructions for the dtype."""
+        model = self.model(dtype)
+        if multiplies(dtype, model.weight_VD.device):
+            return model
+        if self._imitated is None or self._imitated.dtype != dtype:
+            self._imitated = imitated(model)
+        return self._imitated
 
     def tensors(self, label: str) -> dict[str, Tensor]:
         """The other weights that a label names. Raises ModelError when they are not this model's."""
@@ -148,7 +159,7 @@ class Scorer:
         missing = list({_key(r): r for r in rows if _key(r) not in memory}.values())
         if missing:
             self.announce(f"{_title(source)}: forward pass, {self._arithmetic(source).title()}, {len(missing)} rows")
-            model = self.model(body)
+            model = self.running(body)
             if not source.plain:
                 self.searched_tokens += sum(len(p) + len(c) for p, c in map(_key, missing))
             if source.batching is not None:
@@ -297,7 +308,7 @@ class Scorer:
     def afresh(self, rows: Sequence[TraceRow]) -> list[list[float]]:
         """Raw logprobs of rows by the trainer, in one batch and without memory: what a trainer's own pass gives."""
         scored = [ScoredRow(prompt_ids=r.prompt_token_ids, completion_ids=r.completion_token_ids) for r in rows]
-        hidden_TD = torch.cat(hidden_states(self.model(self.trainer.body), scored, batch_rows=len(rows)))
+        hidden_TD = torch.cat(hidden_states(self.running(self.trainer.body), scored, batch_rows=len(rows)))
         values = self._score(TRAINER, hidden_TD, Tokens.of(rows), [Distribution()])[0].logprobs_T.split(
             [len(r.completion_token_ids) for r in rows]
         )

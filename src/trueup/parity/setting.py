@@ -315,6 +315,8 @@ class SettingJudge:
         elif outcome == "mismatch" and not causes:  # a weak or a combined form of any of them may be behind it
             untested |= {i: TRIED for i in (*found.ruled_out, *found.tried) if untested.get(i) != NOT_TRIED}
             ruled_out = list(INVARIANTS)
+        settled = outcome == "agree" or (outcome == "mismatch" and bool(causes))
+        visible_rms = (found.judgement if seen.mismatch else verdict).visible_rms
         if draws.verdict == "agree" and outcome != "inconclusive":
             if draws.blind:
                 untested["S13"] = draws.blind
@@ -353,6 +355,8 @@ class SettingJudge:
             ambiguous=found.ambiguous if outcome == "mismatch" else (),
             ruled_out=tuple(ruled_out),
             untested=untested,
+            not_seen=dict.fromkeys(found.not_seen, visible_rms) if settled else {},
+            visible_rms=visible_rms,
             kept_mass=float(scores.log_kept_mass_T.double().exp().mean()) if setting.case.processed.truncates else None,
             draws=draws.as_dict(),
             sequence=of_sequences(verdict, now.row_T[now.usable_T]),

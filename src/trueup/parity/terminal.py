@@ -209,6 +209,12 @@ def _lists(report: ParityReport) -> Iterator[tuple[str, str]]:
         yield "sequences", sequences
     if report.ruled_out:
         yield "ruled out", " ".join(report.ruled_out)
+    if report.not_seen:
+        above: dict[str, list[str]] = {}
+        for cause, size in report.not_seen.items():
+            above.setdefault(f"{size:.2g}", []).append(cause)
+        said = (f"{' '.join(ids)} (would show above {size} nats rms)" for size, ids in above.items())
+        yield "not seen", "; ".join(said)
     if report.untested:
         groups: dict[str, list[str]] = {}
         for cause, why in report.untested.items():

@@ -21,8 +21,6 @@ SAMPLING_ONLY = frozenset({"S1", "S2", "S3", "S4", "S5", "S6", "S7", "T7", "W10"
 """Causes that cannot show in the engine's scores of given tokens: nothing is sampled there."""
 ENGINE_IS_RIGHT = frozenset({"W1", "W2", "W3", "W5", "W15", "W16", "I1", "I2", "I8", "I9", "I12", "I14"})
 """Causes that would show in the engine's scores of given tokens: with scores that agree they explain nothing."""
-NUMERIC = frozenset({"I1", "I2"})
-"""Those of them that may hide under the floor: each setting says for itself whether it rules them out."""
 IN_REPORTING = frozenset({"S8", "S9", "S10", "S14", "T1", "T7"})
 """Causes in how numbers are read and sent: answers that draw other tokens then differ in numbers before that too."""
 VOIDING = {"I3", "I4", "I15"}

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 from trueup.errors import ConfigError, ModelError
 from trueup.knobs import CheckConfig, LimitsConfig
 from trueup.model.substitute import EVERYTHING
@@ -16,6 +18,7 @@ from trueup.parity.evidence import ENGINE, EXACT, REFERENCE, TRAINER, EngineMode
 from trueup.parity.grouping import Setting, arithmetic
 from trueup.parity.scorer import FP32, Scorer
 from trueup.parity.setting import NOISE_ROWS, Judged, SettingJudge, reference_rows, usable_rows
+from trueup.policy.head import multiplies
 from trueup.trace import TraceRow
 from trueup.weights.snapshot import MANIFEST_FILE, Manifest, manifest_of
 
@@ -55,6 +58,9 @@ class Workbench:
         self.scorer.trainer, self.scorer.engine = arithmetic(self.check, rows, self.scorer.dtype())
         for label in self.scorer.checkpoints:
             self.scorer.tensors(label)
+        device = torch.device(self.check.device)
+        if not all(multiplies(side.body, device) for side in (self.scorer.trainer, self.scorer.engine)):
+            self.notes.append("this CPU has no instructions for 16 bits: float32 that is rounded takes their place")
 
     @property
     def limits(self) -> LimitsConfig:

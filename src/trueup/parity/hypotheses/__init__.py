@@ -43,8 +43,10 @@ class Hypothesis:
     None. `simulates` marks causes that need further forward passes and are tried only when nothing cheaper explains the
     gap, on a few tokens first unless `screened` is off (every row must be run anyway); `numeric` those that could only
     leave a small gap; `redraws` those under which the tokens too are drawn from what is reported, not from what was
-    declared, `may_redraw` those under which they may be drawn from either. `side`: whose fault it is, "engine",
-    "trainer" or "log" (what was reported or written down).
+    declared, `may_redraw` those under which they may be drawn from either. `smallest(evidence, model)` gives the cause
+    at its smallest size, where that is not one of its variants; `marked`: it leaves an exact mark, so that without
+    variants it is not there. `side`: whose fault it is, "engine", "trainer" or "log" (what was reported or written
+    down).
     """
 
     id: str
@@ -59,6 +61,8 @@ class Hypothesis:
     numeric: bool = False
     redraws: bool = False
     may_redraw: bool = False
+    smallest: Callable[[Evidence, EngineModel], Sequence[Variant]] | None = None
+    marked: bool = False
     side: str = "engine"
 
     def __post_init__(self) -> None:

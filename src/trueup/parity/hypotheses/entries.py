@@ -110,6 +110,7 @@ HYPOTHESES = (
         title="missing logprobs are filled with a constant",
         fix="fail or mask tokens without a logprob; never fill them in",
         variants=_placeholder,
+        marked=True,
     ),
     Hypothesis(
         id="S14",
@@ -127,5 +128,6 @@ HYPOTHESES = (
         fix="carry logprobs as float32 with all digits",
         variants=_transport_grid,
         unseeable=_grid_unseeable,
+        marked=True,
     ),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from trueup.parity.bias import bias_variants, closer_bias
+from trueup.parity.bias import bias_variants, closer_bias, smallest_bias
 from trueup.parity.evidence import EXACT, SEEN, EngineModel, Evidence
 from trueup.parity.hypotheses import Hypothesis, Variant
 from trueup.policy.processing import Distribution
@@ -236,6 +236,7 @@ HYPOTHESES = (
         fix="turn penalties, logit_bias, bad_words and min_tokens off for rollouts, or replay them in the trainer",
         variants=_penalties,
         refine=_closer_penalty,
+        smallest=lambda e, m: [*_declared_penalties(e, m), *smallest_bias(e, m)],
         may_redraw=True,
     ),
 )
