@@ -68,7 +68,7 @@ fault-matrix: setup
 		$(BIN)/python -m tests.fault_matrix.run --model tiny --dtype $$dtype --draws 3 --clean 100 --severity || exit 1; \
 	done
 	for dtype in float32 bfloat16; do \
-		$(BIN)/python -m tests.fault_matrix.run --model smollm2 --dtype $$dtype --draws 1 --clean 10 --pairs 0 || exit 1; \
+		$(BIN)/python -m tests.fault_matrix.run --model smollm2 --dtype $$dtype --draws 1 --clean 20 --pairs 0 || exit 1; \
 	done
 	$(BIN)/python -m tests.fault_matrix.table
 
