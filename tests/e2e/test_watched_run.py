@@ -38,6 +38,7 @@ def watched(folder, **sections):
     [
         pytest.param("raw_logprobs", "S1", marks=pytest.mark.slow),
         ("ignored_sync", "W1"),
+        ("colder_draws factor=3", "S3"),
         pytest.param("stale_prefixes", "W12", marks=pytest.mark.slow),
     ],
 )

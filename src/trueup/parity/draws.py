@@ -40,6 +40,8 @@ STATISTICS = 4
 SKEW = 1.2
 """The surprise of a token is skewed: a sum of few dozen leaves the range of a normal one more often than it should."""
 SAME_NATS = 1e-6
+LIKELY_END = 0.1
+"""Where an end token is likelier than this, what a token says beside it is too little to be judged."""
 MAX_COMPARED = 64
 """Completions of a prompt that each further one is compared with."""
 TOO_FEW_FIRST = "so few completions could not show that only their first tokens are drawn greedily"
@@ -82,12 +84,15 @@ def not_judged(why: str) -> Draws:
 
 
 def judge_draws(
-    evidence: Evidence, model: EngineModel, limits: LimitsConfig, *, noise_rms: float, token_limit: float
-) -> Draws:
+    evidence: Evidence, model: EngineModel, limits: LimitsConfig, *, noise_rms: float, token_limit: float,
+    whatever_length: bool = False,
+) -> Draws:  # fmt: skip
     """Judge the evidence's tokens as draws from a model of the engine.
 
     `noise_rms` is the noise floor in nats: the engine draws from its own rounding of the distribution, which moves the
-    expected surprise by half of its square. `token_limit` is how far rounding may move a logprob.
+    expected surprise by half of its square. `token_limit` is how far rounding may move a logprob. `whatever_length`:
+    the completions may have been chosen by their length (the first to finish, say), so that nothing is said of whether
+    they ended: each token is judged among those that are no end token.
     """
     tokens = evidence.tokens
     fresh_T, copies, shared = _independent(evidence, model, limits)
@@ -103,6 +108,9 @@ def judge_draws(
         )  # fmt: skip
     assert scores.varentropy_T is not None
     usable_T = fresh_T & torch.isfinite(scores.logprobs_T)
+    if whatever_length:
+        scores, apart_T = _among_others(evidence, model, scores)
+        usable_T &= apart_T
     count = int(usable_T.sum())
     if count < limits.min_tokens and not shared:
         return not_judged(f"{count} independent tokens are too few ({limits.min_tokens} needed)")
@@ -128,6 +136,27 @@ def judge_draws(
         first_expected=float(chance_T[first_T].sum()), copies=copies, shared_seed=shared,
         blind="" if top_count_chance(chance_T[first_T], int(first_T.sum())) < rate else TOO_FEW_FIRST,
     )  # fmt: skip
+
+
+def _among_others(evidence: Evidence, model: EngineModel, scores: TokenScores) -> tuple[TokenScores, Tensor]:
+    """Scores among the ids that end nothing, and where these hold: not at end tokens, nor where one was likely or the
+    likeliest of all.
+
+    With P the probability of an end, p becomes p / (1 - P) and H becomes (H + P log P) / (1 - P) + log(1 - P).
+    """
+    ends = evidence.facts.eos_ids
+    if not ends:
+        return scores, torch.ones_like(scores.logprobs_T, dtype=torch.bool)
+    mass_T = evidence.mass(model.source, model.dist.temperature, ends).double()
+    end_T = (mass_T / scores.log_kept_mass_T.double().exp()).clamp(1e-30, LIKELY_END)
+    unlikely_T = (end_T < LIKELY_END) & (end_T < scores.top_logprobs_T.double().exp())
+    apart_T = unlikely_T & ~torch.isin(evidence.tokens.targets_T, torch.tensor(ends))
+    left_T = torch.log1p(-end_T)
+    entropy_T = (scores.entropy_T.double() + end_T * end_T.log()) / (1 - end_T) + left_T
+    return replace(
+        scores, logprobs_T=scores.logprobs_T.double() - left_T, entropy_T=entropy_T,
+        top_logprobs_T=scores.top_logprobs_T.double() - left_T,
+    ), apart_T  # fmt: skip
 
 
 def is_top(scores: TokenScores, within_nats: float = SAME_NATS) -> Tensor:

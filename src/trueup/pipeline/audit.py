@@ -23,9 +23,10 @@ from trueup.errors import TrueupError
 from trueup.model.load import load_model
 from trueup.model.packed import open_policy
 from trueup.monitor.rundir import config_of
-from trueup.parity.evidence import EngineModel
+from trueup.parity.draws import Draws, judge_draws, not_judged, origin_of
+from trueup.parity.evidence import TRAINER, EngineModel
 from trueup.parity.floor import Floor, Judgement, judge
-from trueup.parity.grouping import Setting, group
+from trueup.parity.grouping import Setting, group, halves
 from trueup.parity.setting import SettingJudge
 from trueup.parity.workbench import Workbench
 from trueup.pipeline.components import Bench, Components
@@ -61,6 +62,7 @@ class Audit:
     judgement: Mapping[str, object]
     verdict: str
     reasons: tuple[str, ...]
+    draws: Mapping[str, object]
     causes: tuple[Mapping[str, object], ...] = ()
     searched: bool = False
     """Whether causes were looked for."""
@@ -135,7 +137,12 @@ class Auditor:
         verdict = "inconclusive" if not judgement.enough else "mismatch" if judgement.reasons else "agree"
         causes: list[dict[str, object]] = []
         first = None
-        if verdict == "mismatch" and explain:
+        drawn, origin = check.draws(floor, judgement)
+        if verdict == "agree" and origin is not None:
+            verdict, causes = "mismatch", [origin]
+            judgement = replace(judgement, reasons=(drawn.why,))
+            first = self._first(record, since) if explain else None
+        elif verdict == "mismatch" and explain:
             first = self._first(record, since)
             stale = self._stale_prompts(rollouts, groups, parts, floor, check)
             causes = [stale] if stale is not None and stale["confidence"] == "high" else self._causes(stale, sample)
@@ -143,7 +150,7 @@ class Auditor:
             batch=record["batch"], version=record["version"], rollouts=len(rollouts), tokens=judgement.tokens,
             components=parts.as_dict(), replayed=parts.replayed, floor=floor.as_dict(),
             judgement={n: getattr(judgement, n) for n in judgement.__dataclass_fields__}, verdict=verdict,
-            reasons=judgement.reasons, causes=tuple(causes), searched=explain, first_batch=first,
+            reasons=judgement.reasons, draws=drawn.as_dict(), causes=tuple(causes), searched=explain, first_batch=first,
             seconds=time.perf_counter() - started,
         )  # fmt: skip
 
@@ -285,6 +292,29 @@ class _LogCheck:
         """What rounding predicts for these tokens."""
         model = EngineModel(dist=self.setting.case.trainer_distribution)
         return SettingJudge(self.bench.scorer, self.bench.limits).floor(self.setting, model)
+
+    def draws(self, floor: Floor, judgement: Judgement) -> tuple[Draws, dict[str, object] | None]:
+        """Whether these tokens were drawn as declared, and what is behind it if not.
+
+        A run is audited again and again, so that only what shows in both halves of the completions counts. The groups
+        of a batch are those that were finished first: nothing is made of where completions end.
+        """
+        case, scorer = self.setting.case, self.bench.scorer
+        model = EngineModel(dist=case.processed, source=TRAINER)
+
+        def judged(rows: Sequence[TraceRow]) -> Draws:
+            return judge_draws(
+                scorer.evidence(case, rows), model, self.bench.limits, noise_rms=floor.rms,
+                token_limit=judgement.token_limit, whatever_length=True,
+            )  # fmt: skip
+
+        if not self.comparable:
+            return not_judged("no token attended to keys of its own version alone"), None
+        parts = [judged(rows) for rows in halves(self.setting.rows)]
+        whole = judged(self.setting.rows)
+        if any(part.verdict != "mismatch" for part in parts) or whole.verdict != "mismatch":
+            return (replace(whole, verdict="agree") if whole.verdict == "mismatch" else whole), None
+        return whole, origin_of(scorer.evidence(case, self.setting.rows), whole, model).as_dict()
 
     def causes(self) -> list[dict[str, object]]:
         """What explains the gap of these tokens; nothing if no token attended to keys of its own version alone."""
