@@ -6,12 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trueup.errors import ModelError, NumericsError
 from trueup.policy import logprobs as module
 from trueup.policy.head import Head
 from trueup.policy.logprobs import token_scores, token_scores_under
 from trueup.policy.processing import Distribution, History
+from trueup.policy.reduction import Reducer
 from trueup.types import LogprobKind, SamplingParams
 
 
@@ -313,3 +315,27 @@ def test_refusals_say_what_is_wrong():
     with pytest.raises(ModelError, match="soft-cap"):
         Head(weight_VD=weight, softcap=-1.0)
     assert Distribution.of(LogprobKind.RAW, SamplingParams(temperature=0.0)) == Distribution()
+
+
+def test_scoring_a_block_allocates_nothing_of_its_size():
+    """Blocks that come and go among small tensors that stay made a process grow by a block each time: 8 GiB a check."""
+    generator = torch.Generator().manual_seed(0)
+    logits_CB, scratch_2CB = torch.randn(64, 512, generator=generator), torch.empty(2, 64, 512)
+    ours = {logits_CB.untyped_storage().data_ptr(), scratch_2CB.untyped_storage().data_ptr()}
+    foreign = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.is_floating_point() and out.numel() >= logits_CB.numel():
+                foreign.extend([func] if out.untyped_storage().data_ptr() not in ours else [])
+            return out
+
+    head = Head(weight_VD=torch.randn(512, 4, generator=generator))
+    for cut_C in (None, torch.zeros(64)):
+        reducer = Reducer(
+            torch.zeros(64, dtype=torch.long), Distribution(temperature=0.7), head, cut_C, varentropy=True
+        )
+        with Watch():
+            reducer.update(logits_CB, 0, scratch_2CB)
+    assert not foreign

@@ -73,7 +73,7 @@ def draw(
     total, vocab = len(hidden_TD), head.vocab_size
     size = min(total, rows_at_once(vocab))
     buffer = torch.empty(size, vocab, dtype=head.logits_dtype, device=hidden_TD.device)
-    scratch = torch.empty(size, min(vocab, STREAM_BLOCK), dtype=head.logits_dtype, device=hidden_TD.device)
+    scratch = torch.empty(2, size, min(vocab, STREAM_BLOCK), dtype=head.logits_dtype, device=hidden_TD.device)
     tokens, raws, drawn_from = [], [], []
     greedy = noise_T is None
     shaped = not greedy and (dist.temperature != 1 or dist.truncates or dist.penalises)
@@ -102,10 +102,10 @@ def _reduce(logits_CV: Tensor, dist: Distribution, head: Head, cut_C: Tensor | N
     """Take a chunk's whole vocabulary in, block by block as scoring does; the tokens are chosen afterwards."""
     count, vocab = logits_CV.shape
     unknown_C = torch.zeros(count, dtype=torch.long, device=logits_CV.device)
-    reducer = Reducer(unknown_C, dist, head, cut_C, entropy=False)
+    reducer = Reducer(unknown_C, dist, head, cut_C, entropy=False, cumulative=True)
     for start in range(0, vocab, STREAM_BLOCK):
         block_CB = logits_CV[:, start : start + STREAM_BLOCK]
-        reducer.update(block_CB, start, scratch[:count, : block_CB.shape[1]])
+        reducer.update(block_CB, start, scratch[:, :count, : block_CB.shape[1]])
     return reducer
 
 

@@ -74,7 +74,7 @@ def _stream(
     ]
     shape = (min(total, STREAM_TOKENS), min(head.vocab_size, STREAM_BLOCK))
     logits = torch.empty(shape, dtype=head.logits_dtype, device=hidden_TD.device)
-    scratch = torch.empty_like(logits)
+    scratch = torch.empty((2, *shape), dtype=head.logits_dtype, device=hidden_TD.device)
     for start, stop, weight_BD in head.weight_blocks(STREAM_BLOCK):
         for index, first in enumerate(firsts):
             hidden_CD = hidden_TD[first : first + STREAM_TOKENS]
@@ -83,7 +83,7 @@ def _stream(
             head.finish(logits_CB, start, stop)
             for chunk, dist in zip(reducers, dists, strict=True):
                 with penalised(logits_CB, dist, seen, (first, start)):
-                    chunk[index].update(logits_CB, start, scratch[: size[0], : size[1]])
+                    chunk[index].update(logits_CB, start, scratch[:, : size[0], : size[1]])
     return [concatenate([r.finish(head.vocab_size) for r in chunk]) for chunk in reducers]
 
 
@@ -96,7 +96,7 @@ def _rows(
     total, vocab = len(targets_T), head.vocab_size
     size = min(total, rows_at_once(vocab))
     buffer = torch.empty(size, vocab, dtype=head.logits_dtype, device=hidden_TD.device)
-    scratch = torch.empty(size, min(vocab, STREAM_BLOCK), dtype=head.logits_dtype, device=hidden_TD.device)
+    scratch = torch.empty(2, size, min(vocab, STREAM_BLOCK), dtype=head.logits_dtype, device=hidden_TD.device)
     for first in range(0, total, size):
         targets_C = targets_T[first : first + size]
         logits_CV = head.logits_into(hidden_TD[first : first + size], buffer[: len(targets_C)])
@@ -108,7 +108,7 @@ def _rows(
                 reducer = Reducer(targets_C, dist, head, cut_C, varentropy=varentropy)
                 for start in range(0, vocab, STREAM_BLOCK):
                     block_CB = logits_CV[:, start : start + STREAM_BLOCK]
-                    reducer.update(block_CB, start, scratch[: len(targets_C), : block_CB.shape[1]])
+                    reducer.update(block_CB, start, scratch[:, : len(targets_C), : block_CB.shape[1]])
             part.append(reducer.finish(vocab))
     return [concatenate(p) for p in parts]
 

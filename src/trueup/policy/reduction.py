@@ -64,11 +64,11 @@ class Reducer:
 
     def __init__(
         self, targets_C: Tensor, dist: Distribution, head: Head, cut_C: Tensor | None, *, entropy: bool = True,
-        varentropy: bool = False,
+        varentropy: bool = False, cumulative: bool = False,
     ) -> None:  # fmt: skip
-        """`varentropy` needs `entropy`."""
+        """`varentropy` needs `entropy`; `cumulative` keeps what `reached` needs."""
         self.entropy, self.varentropy = entropy, varentropy
-        self.passed: list[tuple[Tensor, Tensor]] = []
+        self.passed: list[tuple[Tensor, Tensor]] | None = [] if cumulative else None
         dtype = head.logits_dtype
         self.masked = head.bias_V is not None  # a bias may mask padded vocabulary with -inf
 
@@ -81,8 +81,13 @@ class Reducer:
         self.dropped_C = torch.full_like(zeros(), -torch.inf)
         self.sum_C, self.moment_C, self.square_C, self.chosen_C, self.full_C, self.kept_C = (zeros() for _ in range(6))
 
-    def update(self, logits_CB: Tensor, start: int, scratch_CB: Tensor) -> None:
-        """Add vocabulary entries start.. ; `scratch_CB` is overwritten."""
+    def update(self, logits_CB: Tensor, start: int, scratch_2CB: Tensor) -> None:
+        """Add vocabulary entries start.. ; `scratch_2CB` is overwritten.
+
+        Nothing of a block's size is allocated: small tensors that outlive a block would lie in the holes it leaves, and
+        the process would grow by a block each time.
+        """
+        shifted_CB, weight_CB = scratch_2CB
         top_C = torch.maximum(self.top_C, logits_CB.amax(1))
         drop_C = ((self.top_C - top_C) * self.inverse_temperature).clamp_min(FAR_BELOW)
         rescale_C = drop_C.exp()
@@ -90,26 +95,28 @@ class Reducer:
             self.square_C = (self.square_C + drop_C * (2 * self.moment_C + drop_C * self.sum_C)) * rescale_C
         if self.entropy:
             self.moment_C = (self.moment_C + self.sum_C * drop_C) * rescale_C
-        shifted_CB = torch.sub(logits_CB, top_C[:, None], out=scratch_CB)
+        torch.sub(logits_CB, top_C[:, None], out=shifted_CB)
         if self.inverse_temperature != 1:
             shifted_CB.mul_(self.inverse_temperature)
         if self.masked:
             shifted_CB.clamp_min_(FAR_BELOW)
-        weight_CB = shifted_CB.exp()
+        if self.cut_C is not None:
+            inside_CB = logits_CB >= self.cut_C[:, None]
+            self.kept_C += inside_CB.sum(1)
+            dropped_C = weight_CB.copy_(logits_CB).masked_fill_(inside_CB, -torch.inf).amax(1)
+            self.dropped_C = torch.maximum(self.dropped_C, dropped_C)
+        torch.exp(shifted_CB, out=weight_CB)
         if self.cut_C is not None:
             self.full_C = self.full_C * rescale_C + weight_CB.sum(1)
-            inside_CB = logits_CB >= self.cut_C[:, None]
             weight_CB *= inside_CB
-            self.kept_C += inside_CB.sum(1)
-            dropped_C = logits_CB.masked_fill(inside_CB, -torch.inf).amax(1)
-            self.dropped_C = torch.maximum(self.dropped_C, dropped_C)
         self.sum_C = self.sum_C * rescale_C + weight_CB.sum(1)
-        if self.varentropy:
-            self.square_C += (shifted_CB.square() * weight_CB).sum(1)
         if self.entropy:
-            self.moment_C += shifted_CB.mul_(weight_CB).sum(1)
+            self.moment_C += weight_CB.mul_(shifted_CB).sum(1)
+        if self.varentropy:
+            self.square_C += weight_CB.mul_(shifted_CB).sum(1)
         self.top_C = top_C
-        self.passed.append((top_C, self.sum_C))
+        if self.passed is not None:
+            self.passed.append((top_C, self.sum_C))
         local_C = self.targets_C - start
         here_C = (local_C >= 0) & (local_C < logits_CB.shape[1])
         found_C = logits_CB.gather(1, local_C.clamp(0, logits_CB.shape[1] - 1)[:, None])[:, 0]
@@ -117,6 +124,7 @@ class Reducer:
 
     def reached(self) -> Tensor:
         """Mass up to the end of each block [C, blocks], float64, in units of the largest weight."""
+        assert self.passed is not None
         scales = [((top_C - self.top_C) * self.inverse_temperature).double().exp() for top_C, _ in self.passed]
         return torch.stack([s * sum_C.double() for s, (_, sum_C) in zip(scales, self.passed, strict=True)], dim=1)
 
