@@ -370,6 +370,7 @@ def check_engine(
     check: CheckConfig,
     *,
     announce: Callable[[str], None] = lambda message: None,
+    say: Callable[[str], None] = lambda line: None,
     progress: Callable[[str, float], None] = lambda what, share: None,
 ) -> ParityReport:
     """Check running engines, given as replicas of one another. Raises TrueupError when nothing can be tested.
@@ -388,5 +389,5 @@ def check_engine(
             client = ProbeClient(url, token=token, timeout_s=check.request_timeout_s, parallel=check.parallel)
             clients.append(client)
             stack.callback(clients[-1].close)
-        bench = Workbench.of(check, announce)
+        bench = Workbench.of(check, announce, say)
         return LiveCheck(check=check, bench=bench, clients=clients, progress=progress).run()

@@ -29,13 +29,16 @@ def run_with_progress(check: CheckConfig, console: Console) -> ParityReport:
         def progress(what: str, share: float) -> None:
             bar.update(task, description=clean(what), completed=share)
 
+        def say(line: str) -> None:
+            bar.console.print(clean(line), markup=False, highlight=False)
+
         try:
             if check.engine:
                 from trueup.parity.live import check_engine
 
-                return check_engine(check, announce=announce, progress=progress)
+                return check_engine(check, announce=announce, say=say, progress=progress)
             from trueup.parity.run import check_trace
 
-            return check_trace(check, announce=announce)
+            return check_trace(check, announce=announce, say=say)
         except KeyboardInterrupt:
             raise EngineError("interrupted; nothing was concluded") from None

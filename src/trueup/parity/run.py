@@ -48,15 +48,17 @@ def advice(settings: Sequence[Setting]) -> tuple[dict[str, str], ...]:
     return tuple(found.values())
 
 
-def check_trace(check: CheckConfig, *, announce: Callable[[str], None] = silent) -> ParityReport:
+def check_trace(
+    check: CheckConfig, *, announce: Callable[[str], None] = silent, say: Callable[[str], None] = silent
+) -> ParityReport:
     """Check a recorded trace against a checkpoint, and against another trace or a report if `check.against` names one.
 
-    `announce` receives a line whenever something that takes seconds starts. Raises TrueupError when nothing can be
-    tested at all.
+    `announce` receives a line whenever something that takes seconds starts, `say` what should stay to be read. Raises
+    TrueupError when nothing can be tested at all.
     """
     if check.trace is None:
         raise ConfigError("check needs --engine URL (a running server) or --trace FILE (a recorded trueup.trace/1 log)")
-    bench = Workbench.of(check, announce)
+    bench = Workbench.of(check, announce, say)
     against = Path(check.against) if check.against else None
     if against is not None and not against.is_file():
         raise TraceError(f"--against {against} does not exist")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,10 @@ from trueup.trace import TraceRow
 from trueup.weights.snapshot import MANIFEST_FILE, Manifest, manifest_of
 
 SCAN_ROWS = 6
+PASSES = 3
+"""Forward passes that are made of every row before anything is judged: trainer, engine and reference."""
+REST = 2.0
+"""What follows takes this many times as long as they do, on two cores (1 in float32, 4 with a cause to fit)."""
 LIMITS_VOCABULARY = 49_152
 """Vocabulary the smallest floor and bias were measured with; a plain log_softmax errs in proportion to its length."""
 
@@ -38,9 +43,13 @@ class Workbench:
     notes: list[str] = field(default_factory=list)
     budget: Budget | None = None
     """For the search of all settings together; made when the first is judged."""
+    say: Callable[[str], None] = lambda line: None
+    """Gets lines that stay on the terminal."""
 
     @classmethod
-    def of(cls, check: CheckConfig, announce: Callable[[str], None]) -> Workbench:
+    def of(
+        cls, check: CheckConfig, announce: Callable[[str], None], say: Callable[[str], None] = lambda line: None
+    ) -> Workbench:
         """Open the checkpoint. Raises ConfigError without one, ModelError when it or an older one cannot be read."""
         if check.model is None:
             raise ConfigError(
@@ -51,7 +60,7 @@ class Workbench:
             path=check.model, trainer=FP32, engine=FP32, batch_rows=check.batch_rows, device=check.device,
             announce=announce, checkpoints=checkpoints, versions=versions,
         )  # fmt: skip
-        return cls(check=check, announce=announce, scorer=scorer)
+        return cls(check=check, announce=announce, say=say, scorer=scorer)
 
     def set_precision(self, rows: Sequence[TraceRow]) -> None:
         """Choose both sides' arithmetic from what the rows' engine declares. Raises TraceError when rows disagree."""
@@ -87,12 +96,24 @@ class Workbench:
         rows = [r for s in settings for r in usable_rows(s)]
         if not rows:
             return
+        started = time.monotonic()
         for source in (TRAINER, ENGINE):
             self.scorer.states(source, rows)
             self.scorer.head(source)
         self.scorer.states(TRAINER, [r for s in settings for r in usable_rows(s)[:NOISE_ROWS]], batch_rows=1)
         self.scorer.states(REFERENCE, [r for s in settings for r in reference_rows(self.scorer, usable_rows(s))])
         self.scorer.head(REFERENCE)
+        self._expect(rows, time.monotonic() - started)
+
+    def _expect(self, rows: Sequence[TraceRow], passes_s: float) -> None:
+        """Say how long the check may take, from how long its first forward passes took."""
+        tokens = sum(len(r.prompt_token_ids) + len(r.completion_token_ids) for r in rows)
+        search_s = self.check.search_tokens * passes_s / (PASSES * tokens)
+        search_s = min(search_s, self.check.search_s or search_s)
+        self.say(
+            f"expected    about {duration(REST * passes_s)} more, and up to {duration(search_s)} if a cause has to be "
+            f"simulated (check.search_tokens = {self.check.search_tokens:,})"
+        )
 
     def manifest_digest(self) -> str:
         """Digest that an engine which serves the trainer's weights reports, in the engine's precision."""
@@ -132,6 +153,11 @@ class Workbench:
         if judged.note:
             self.notes.append(judged.note)
         return judged
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words, to the precision of a guess."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def older_weights(folders: Sequence[Path]) -> tuple[dict[str, Path], dict[int, str]]:
