@@ -74,6 +74,14 @@ def test_a_clean_engine_agrees_and_every_id_is_accounted_for(live):
     assert not missing, f"neither ruled out nor listed as untested: {sorted(missing)}"
 
 
+@pytest.mark.parametrize("depth", ["full", "quick"])
+def test_clean_replicas_agree_and_are_not_copies_of_each_other(live, tiny, tmp_path, depth):
+    with served(tiny, tmp_path, dtype=live.engine.options.dtype) as second:
+        report = live.check(engine=(live.url, second.url), depth=depth)
+    assert report.exit_code == 0 and not report.causes, [c.as_dict() for c in report.causes]
+    assert "W9" in report.not_seen and not any(s.draws["copies"] for s in report.settings)
+
+
 FAULTS = [
     ("raw_logprobs", {}, {}, "S1"),
     ("hidden_defaults", {"top_k": 20.0}, {"sampling": "temperature=0.8"}, "S5"),

@@ -76,10 +76,13 @@ class Asking:
         return None if self.facts.kind == "openai" else f"trueup-{time.time_ns()}"
 
     def generate(self, prompts: Prompts, sampling: dict[str, object]) -> list[list[Answer]]:
-        """All prompts at once, from each replica."""
-        tokens, seed = self.check.tokens, self.check.seed
-        asks = asks_of(prompts.ordinary, sampling, max_tokens=tokens, seed=seed, salt=self.salt())
-        return [client.generate(asks, together=True) for client in self.clients]
+        """All prompts at once, from each replica with seeds of its own: the same ones would make copies, not draws."""
+        tokens, seed, salt = self.check.tokens, self.check.seed, self.salt()
+        asked = [
+            asks_of(prompts.ordinary, sampling, max_tokens=tokens, seed=seed + at, salt=salt)
+            for at in range(len(self.clients))
+        ]
+        return [client.generate(asks, together=True) for client, asks in zip(self.clients, asked, strict=True)]
 
     def alone(self, prompts: Prompts, sampling: dict[str, object]) -> list[Answer]:
         """A few prompts one after another; a quick check asks for less, in one batch.
