@@ -15,6 +15,8 @@ from tests.fault_matrix.severity import LADDERS
 
 SOURCE = ROOT / "docs" / "fault-matrix.jsonl"
 PAGE = ROOT / "docs" / "fault-matrix.md"
+HIDDEN_FLOORS = 1.25
+"""A prediction that an effect lies under the floor holds for a run that agrees at so many floors, or the run counts."""
 
 
 def read(path: Path = SOURCE) -> list[dict]:
@@ -29,9 +31,43 @@ def found(row: dict) -> bool:
     return bool(row["first"])
 
 
+def floors(row: dict) -> float:
+    """The rms of the worst setting in predicted floors; 0 where nothing could be compared."""
+    return row["rms"] / row["floor"] if row["rms"] and row["floor"] else 0.0
+
+
+def hidden(row: dict) -> bool:
+    """Whether the effect was predicted to be invisible, and was."""
+    return bool(row["invisible"]) and row["verdict"] == "agree" and floors(row) <= HIDDEN_FLOORS
+
+
 def visible(rows: list[dict]) -> list[dict]:
-    """Planted causes whose effect was not predicted to be invisible."""
-    return [r for r in rows if r["group"] == "cause" and not r["invisible"]]
+    """Planted causes whose effect was not predicted to be invisible, or not rightly."""
+    return [r for r in rows if r["group"] == "cause" and not hidden(r)]
+
+
+def planted(rows: list[dict]) -> list[dict]:
+    """Runs in which something was wrong."""
+    return [r for r in rows if r["group"] != "clean"]
+
+
+def silent(rows: list[dict]) -> list[str]:
+    """What was planted and not seen although it was above its floor, and what was ruled out although it was planted."""
+    above = [r for r in planted(rows) if r["verdict"] == "agree" and floors(r) > 1]
+    denied = [r for r in planted(rows) if r.get("denied")]
+
+    def lines(found: list[dict]) -> list[str]:
+        return [
+            f"- {r['name']} ({r['model']} {r['dtype']}, {r.get('level', r['planted'] or r['stage'])}): "
+            f"{r['verdict']} at {floors(r):.2f} floors" for r in sorted(found, key=floors, reverse=True)
+        ] or ["- none"]  # fmt: skip
+
+    return [
+        "", "## What was not seen", "",
+        "Every run with something planted that agreed although its rms was above the predicted floor (the limit is",
+        "1.25 floors and what chance adds at so few tokens):", "", *lines(above), "",
+        "Every run in which the planted cause was ruled out:", "", *lines(denied),
+    ]  # fmt: skip
 
 
 def _columns(rows: list[dict]) -> list[tuple[str, str]]:
@@ -106,7 +142,7 @@ def page(rows: list[dict]) -> str:
         for column in columns:
             here = cells[name, *column]
             text = _share(here)
-            texts.append(f"({text})" if here and here[0]["invisible"] else text)
+            texts.append(f"({text})" if here and all(map(hidden, here)) else text)
         lines.append(f"| {name} | " + " | ".join(texts) + " |")
     counted = visible(rows)
     lines += ["", f"Visible effects: the cause was named first in {_share(counted)} runs."]
@@ -126,13 +162,13 @@ def page(rows: list[dict]) -> str:
         here = [r for r in outside if r["name"] == name]
         seen = sum(r["verdict"] == "mismatch" for r in here)
         lines.append(f"- {name}: {seen} of {len(here)} called a mismatch, {named[name]} given a name")
-    lines += severity(rows, columns)
+    lines += severity(rows, columns) + silent(rows)
     pairs = [r for r in rows if r["group"] == "pair"]
     lines += ["", "## Two at once", ""]
     for name in dict.fromkeys(r["name"] for r in pairs):
         here = [r for r in pairs if r["name"] == name]
-        hidden = sum(bool(r["invisible"]) for r in here)
-        words = f" ({hidden} more with a part that was predicted invisible)" if hidden else ""
+        apart = sum(bool(r["invisible"]) for r in here)
+        words = f" ({apart} more with a part that was predicted invisible)" if apart else ""
         lines.append(f"- {name}: both named in {_share([r for r in here if not r['invisible']])}{words}")
     lines += ["", "## Clean runs", ""]
     for column in columns:

@@ -8,10 +8,12 @@ import pytest
 from tests.fault_matrix.plans import OUTSIDE, PAIRS, PLANS
 from tests.fault_matrix.run import model_of, row_of
 from tests.fault_matrix.severity import LADDERS
-from tests.fault_matrix.table import PAGE, found, page, read, smallest, visible
+from tests.fault_matrix.table import PAGE, floors, found, hidden, page, planted, read, smallest, visible
 from tests.fault_matrix.world import stand
 
 AGAIN = 5
+AGREE_FLOORS = 1.7
+"""1.25 floors, and what chance adds to an rms of a hundred tokens."""
 FIRST_SHARE, FIRST_SHARE_EACH = 0.95, 0.8
 
 
@@ -38,7 +40,15 @@ def test_no_clean_run_was_called_a_mismatch(rows):
 
 
 def test_a_cause_that_was_there_is_never_ruled_out(rows):
-    assert not [r for r in visible(rows) if r.get("denied")]
+    assert not [r for r in planted(rows) if r.get("denied") and not r.get("invisible")]
+
+
+def test_no_run_agrees_above_the_limits_that_the_page_states(rows):
+    assert not [r for r in rows if r["verdict"] == "agree" and floors(r) > AGREE_FLOORS]
+
+
+def test_what_was_predicted_to_be_invisible_was(rows):
+    assert all(map(hidden, (r for r in rows if r["group"] == "cause" and r["invisible"])))
 
 
 def test_what_has_no_name_gets_none(rows):
@@ -58,7 +68,7 @@ def test_every_ladder_was_climbed_down(rows):
             assert dtype == "bfloat16" or smallest(here) is not None, f"{name}: not even the strongest is named"
 
 
-@pytest.mark.parametrize(("model", "clean"), [("tiny", 200), ("smollm2", 40)])
+@pytest.mark.parametrize(("model", "clean"), [("tiny", 200), ("smollm2", 20)])
 def test_each_model_was_run_whole(rows, model, clean):
     of_model = [r for r in rows if r["model"] == model]
     assert sum(r["group"] == "clean" for r in of_model) >= clean

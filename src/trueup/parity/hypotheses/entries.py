@@ -11,7 +11,7 @@ import torch
 from trueup.parity.evidence import ENGINE, MIXED, EngineModel, Evidence, skipped, snap
 from trueup.parity.hypotheses import Hypothesis, Variant
 
-GRIDS = ("1 decimals", "2 decimals", "3 decimals", "4 decimals", "bf16", "fp16")
+GRIDS = ("1 decimals", "2 decimals", "3 decimals", "4 decimals", "5 decimals", "6 decimals", "bf16", "fp16")
 PLACEHOLDER_REPEATS = 3
 GRID_VALUES = 16
 SENTINEL = -900.0
