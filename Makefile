@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SMOLLM2 := models/smollm2-135m
 
-.PHONY: setup demo test test-slow test-all test-vllm test-cuda fault-matrix lint bench vllm clean
+.PHONY: setup demo test test-slow test-all test-vllm test-cuda fault-matrix mutation lint bench vllm clean
 
 setup: $(VENV)/.installed $(SMOLLM2)/config.json
 
@@ -71,6 +71,12 @@ fault-matrix: setup
 		$(BIN)/python -m tests.fault_matrix.run --model smollm2 --dtype $$dtype --draws 1 --clean 20 --pairs 0 || exit 1; \
 	done
 	$(BIN)/python -m tests.fault_matrix.table
+
+# Deliberate mistakes in the policy's mathematics, the trainer and the judges: which ones does no test notice?
+mutation: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[mutation]'
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children 2
+	$(BIN)/mutmut results
 
 # vLLM in environments of its own (minutes, 11 GB), for benchmarks/rollout.py.
 vllm: $(VENV)/.installed
