@@ -20,6 +20,7 @@ from torch import Tensor
 
 from trueup.config import build_config
 from trueup.errors import TrueupError
+from trueup.knobs import LimitsConfig
 from trueup.model.load import load_model
 from trueup.model.packed import open_policy
 from trueup.monitor.rundir import config_of
@@ -302,16 +303,19 @@ class _LogCheck:
         case, scorer = self.setting.case, self.bench.scorer
         model = EngineModel(dist=case.processed, source=TRAINER)
 
-        def judged(rows: Sequence[TraceRow]) -> Draws:
+        limits = self.bench.limits
+        of_half = limits.model_copy(update={"min_tokens": limits.min_tokens // 2})
+
+        def judged(rows: Sequence[TraceRow], limits: LimitsConfig) -> Draws:
             return judge_draws(
-                scorer.evidence(case, rows), model, self.bench.limits, noise_rms=floor.rms,
+                scorer.evidence(case, rows), model, limits, noise_rms=floor.rms,
                 token_limit=judgement.token_limit, whatever_length=True,
             )  # fmt: skip
 
         if not self.comparable:
             return not_judged("no token attended to keys of its own version alone"), None
-        parts = [judged(rows) for rows in halves(self.setting.rows)]
-        whole = judged(self.setting.rows)
+        parts = [judged(rows, of_half) for rows in halves(self.setting.rows)]
+        whole = judged(self.setting.rows, limits)
         if any(part.verdict != "mismatch" for part in parts) or whole.verdict != "mismatch":
             return (replace(whole, verdict="agree") if whole.verdict == "mismatch" else whole), None
         return whole, origin_of(scorer.evidence(case, self.setting.rows), whole, model).as_dict()
