@@ -27,7 +27,7 @@ def tiny(tmp_path_factory):
 
 BOTH = [
     pytest.param(torch.float32, id="float32"),
-    pytest.param(torch.bfloat16, id="bfloat16", marks=pytest.mark.slow),
+    pytest.param(torch.bfloat16, id="bfloat16", marks=[pytest.mark.slow, pytest.mark.long]),
 ]
 """The fault matrix's random rows are bfloat16 too, in `make test`."""
 
