@@ -82,6 +82,14 @@ def test_clean_replicas_agree_and_are_not_copies_of_each_other(live, tiny, tmp_p
     assert "W9" in report.not_seen and not any(s.draws["copies"] for s in report.settings)
 
 
+@pytest.mark.parametrize("sampling", ["temperature=0.7,top_p=0.05", "temperature=1.0,top_k=1"])
+def test_a_kept_set_of_one_token_is_no_reason_to_call_a_16_bit_engine_off(tiny, tmp_path, sampling):
+    """Two tokens next to the cut change places by rounding, although every logprob is 0 on both sides."""
+    with served(tiny, tmp_path, dtype=torch.bfloat16) as running:
+        report = running.check(sampling=sampling, depth="quick")
+    assert report.exit_code == 0 and not report.causes, [s.why for s in report.settings]
+
+
 FAULTS = [
     ("raw_logprobs", {}, {}, "S1"),
     ("hidden_defaults", {"top_k": 20.0}, {"sampling": "temperature=0.8"}, "S5"),

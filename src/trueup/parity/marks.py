@@ -26,6 +26,8 @@ FILLED_NATS = 1.0
 """A number is taken for a filler only if it is off by this much, because numbers on a coarse grid repeat as well."""
 ZERO_NATS = 0.1
 """The same for 0.0, which no grid but the coarsest gives to a token that is not certain."""
+EDGE_FLOORS = 6.0
+"""A token may lie so many floors below the cut, in 16 bits: rounding moves it and the least likely kept one apart."""
 COARSE_EDGE, FINE_EDGE = 0.5, 1e-3
 """By which share of itself (of the mass it leaves out, for top-p) a cut may move, in 16 bits and in float32."""
 SHOWN = 3
@@ -44,7 +46,7 @@ def neighbours(dist: Distribution, noise_rms: float) -> list[Distribution]:
         moved = share * min(dist.top_p, 1 - dist.top_p)
         found += [replace(dist, top_p=min(1.0, dist.top_p + sign * moved)) for sign in (-1, 1)]
     if dist.top_k:
-        count = max(1, int(share * dist.top_k))
+        count = max(1, dist.top_k // 4) if coarse else 1
         found += [replace(dist, top_k=k) for k in (dist.top_k - count, dist.top_k + count) if k > 0]
     if dist.min_p:
         found += [replace(dist, min_p=min(1.0, dist.min_p * (1 + sign * share))) for sign in (-1, 1)]
@@ -55,13 +57,16 @@ def at_edge(evidence: Evidence, now: Residual, *, noise_rms: float, token_limit:
     """True for tokens that rounding at the edge of the kept set explains, [T].
 
     Of those far off: that a neighbouring kept set leaves within `token_limit` nats. Of those outside the kept set: that
-    a neighbouring one holds.
+    a neighbouring one holds, or that lie hardly below the cut.
     """
     dist = evidence.case.trainer_distribution
     far_T = now.edge_T | (now.usable_T & (now.residual_T.abs() > token_limit))
     excused_T = torch.zeros_like(far_T)
     if not dist.truncates or not bool(far_T.any()):
         return excused_T
+    below_T = evidence.scores(TRAINER, dist).below_cut_T
+    if noise_rms > FLOAT32_NATS and below_T is not None:
+        excused_T |= now.edge_T & (below_T <= EDGE_FLOORS * noise_rms)
     around = neighbours(dist, noise_rms)
     evidence.prefetch(TRAINER, around)
     for other in around:

@@ -208,7 +208,11 @@ class SettingJudge:
             return judge(r_T, now.row_T, floor, self.limits, lines=evidence.tokens.lines)
 
         verdict = judged(torch.zeros_like(now.usable_T))
-        excused_T = at_edge(evidence, now, noise_rms=floor.rms, token_limit=verdict.token_limit)
+        noise_rms = floor.rms
+        if bool(now.edge_T.any()):  # logprobs within a kept set of one token have no noise, its edge has
+            whole = replace(base, dist=replace(base.dist, top_p=1.0, top_k=0, min_p=0.0))
+            noise_rms = max(noise_rms, floor_of(whole).rms)
+        excused_T = at_edge(evidence, now, noise_rms=noise_rms, token_limit=verdict.token_limit)
         if float(excused_T.double().mean()) > self.limits.edge_share:
             excused_T = torch.zeros_like(excused_T)
         elif bool(excused_T.any()):

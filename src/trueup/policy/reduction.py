@@ -29,7 +29,8 @@ class TokenScores:
     `logprobs_T` is -inf where the token is outside the kept set: count those, never fill them in. `entropy_T` is of
     the same (kept, renormalised) distribution; `log_kept_mass_T` is log S <= 0, S the tempered mass of the kept set;
     `kept_T` counts kept tokens; `top_logprobs_T` is the most likely token's logprob. `varentropy_T` is the variance of
-    -log p under the same distribution, in nats squared; None unless it was asked for.
+    -log p under the same distribution, in nats squared; None unless it was asked for. `below_cut_T` says how far a
+    token outside the kept set lies below the least likely one inside, 0 for those inside.
     """
 
     logprobs_T: Tensor
@@ -38,6 +39,7 @@ class TokenScores:
     kept_T: Tensor
     top_logprobs_T: Tensor
     varentropy_T: Tensor | None = None
+    below_cut_T: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +149,7 @@ class Reducer:
             varentropy_T=(self.square_C / self.sum_C - (self.moment_C / self.sum_C).square()).clamp_min(0)
             if self.varentropy
             else None,
+            below_cut_T=((cut_C - self.chosen_C) * self.inverse_temperature).clamp_min(0),
             # Halfway to the best dropped token: the backward pass's logits may differ in their last bits.
             cut_T=(cut_C + self.dropped_C) / 2,
         )
