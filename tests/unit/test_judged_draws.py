@@ -2,7 +2,8 @@
 
 import torch
 
-from trueup.parity.draws import _among_others
+from trueup.knobs import LimitsConfig
+from trueup.parity.draws import _among_others, _blind, _independent
 from trueup.parity.evidence import Case, EngineModel, Evidence, Tokens
 from trueup.parity.facts import Facts
 from trueup.policy.processing import Distribution
@@ -44,3 +45,50 @@ def test_draws_whatever_their_length_are_judged_among_the_ids_that_end_nothing()
     assert 40 < int(apart_T.sum()) < 60 and not apart_T[7]
     for name in ("logprobs_T", "entropy_T", "top_logprobs_T"):
         torch.testing.assert_close(getattr(found, name)[apart_T], getattr(expected, name)[apart_T])
+
+
+def rows(completions):
+    return [
+        TraceRow(
+            line=at, engine=EngineInfo(), sampling={}, prompt_token_ids=(1,), completion_token_ids=ids,
+            completion_logprobs=(0.0,) * len(ids),
+        )
+        for at, ids in enumerate(completions)
+    ]  # fmt: skip
+
+
+def uniform(tokens, logprob):
+    """Evidence whose tokens all have one logprob."""
+    scores = TokenScores(
+        logprobs_T=torch.full((len(tokens),), logprob), entropy_T=torch.full((len(tokens),), -logprob),
+        kept_T=torch.full((len(tokens),), 2), log_kept_mass_T=torch.zeros(len(tokens)),
+        top_logprobs_T=torch.full((len(tokens),), logprob),
+    )  # fmt: skip
+    return Evidence(
+        case=Case(engine=EngineInfo(), sampling=SamplingParams(), trainer=LogprobKind.RAW), tokens=tokens,
+        ask=lambda source, dists: [scores] * len(dists), mass=lambda *a: scores.logprobs_T,
+        expected=lambda: scores.logprobs_T, spread=lambda *a: scores,
+    )  # fmt: skip
+
+
+def test_copies_that_chance_explains_are_draws_like_any_other():
+    """Short answers of one prompt repeat: leaving them out would leave what is too surprising."""
+    tokens = Tokens.of(rows([(4, 5)] * 6 + [(4, 6)] * 2))
+    fresh_T, copies, shared = _independent(uniform(tokens, -0.5), EngineModel(dist=Distribution()), LimitsConfig())
+    assert copies == 6 and not shared and bool(fresh_T.all())
+
+
+def test_copies_that_chance_rules_out_do_not_count():
+    tokens = Tokens.of(rows([tuple(range(40))] * 3))
+    fresh_T, copies, shared = _independent(uniform(tokens, -2.0), EngineModel(dist=Distribution()), LimitsConfig())
+    assert copies == 2 and shared and int(fresh_T.sum()) == 40
+
+
+def test_few_tokens_say_from_which_temperature_on_draws_would_show():
+    def said(count):
+        scores = TokenScores(**{n: torch.zeros(count) for n in (
+            "logprobs_T", "entropy_T", "log_kept_mass_T", "kept_T", "top_logprobs_T",
+        )}, varentropy_T=torch.full((count,), 0.5))  # fmt: skip
+        return _blind(scores, torch.ones(count, dtype=torch.bool), 5e-5)
+
+    assert "0.71 times" in said(512) and said(20_000) == ""

@@ -39,14 +39,18 @@ def _round_results(body: nn.Module, dtype: torch.dtype) -> None:
         return tuple(map(rounded, args))
 
     def in_place(module: nn.Module, args: tuple[Any, ...]) -> None:
-        args[0].copy_(rounded(args[0]))  # the residual stream goes on from the same tensor
+        if args and args[0].is_contiguous():  # the residual stream goes on from the same tensor
+            args[0].copy_(rounded(args[0]))
 
     def on_the_way_out(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
         return rounded(out)
 
     for name, module in body.named_modules():
         kind, linear = type(module).__name__, isinstance(module, nn.Linear)
+        if isinstance(scale := getattr(module, "embed_scale", None), Tensor):
+            scale.copy_(rounded(scale))
         if linear or "Norm" in kind:
             module.register_forward_pre_hook(on_the_way_in if linear else in_place)
-        if linear or "Norm" in kind or "Rotary" in kind or name.rsplit(".", 1)[-1] in ("act_fn", "act"):
+        rounds = linear or any(word in kind for word in ("Norm", "Rotary", "Experts"))
+        if rounds or name.rsplit(".", 1)[-1] in ("act_fn", "act"):
             module.register_forward_hook(on_the_way_out)

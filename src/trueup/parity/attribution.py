@@ -333,10 +333,8 @@ class Attributor:
     def _conclude(self, best: Candidate, singles: Sequence[Candidate]) -> Attribution:
         floor, verdict = self.floor_of(best.model), self.held_judgement(best.model)
         rivals: list[str] = []
-        unseeable = dict(self.unseeable)
         tried = {c.path[-1].hypothesis.id for c in singles}
         chosen = {e.hypothesis.id for e in best.path}
-        not_seen = [] if self.searched else [h.id for h in self.simulated if h.id not in unseeable]
         ruled_out = [h.id for h in self.cheap if h.id not in tried | chosen] + sorted(self.hopeless - tried - chosen)
         for candidate in singles:
             hypothesis = candidate.path[-1].hypothesis
@@ -348,19 +346,20 @@ class Attributor:
                 ruled_out.append(hypothesis.id)
             elif best.path and self.held_judgement(candidate.model).within:
                 (ruled_out if self._less_likely(candidate, best) else rivals).append(hypothesis.id)
-        hidden = {i for i in ruled_out if not self._would_show(i, floor, verdict)}
+        ruled_out = [i for i in ruled_out if self._would_show(i, floor, verdict)]
         named = tuple(e.hypothesis.id for e in best.path)
         twins = sorted(self.twins.get(best.model, set()) - set(named)) if named else []
         ambiguous = ((*named, *rivals, *twins),) if rivals or twins else ()
+        elsewhere = {*named, *rivals, *twins, *ruled_out, *self.unseeable}
         return Attribution(
             findings=self._findings(best, complete=verdict.within, ambiguous=bool(rivals)),
             model=best.model,
             floor=floor,
             judgement=verdict,
             ambiguous=ambiguous,
-            ruled_out=tuple(i for i in ruled_out if i not in hidden),
-            not_seen=(*not_seen, *sorted(hidden)),
-            unseeable=unseeable,
+            ruled_out=tuple(ruled_out),
+            not_seen=tuple(h.id for h in (*self.cheap, *self.simulated) if h.id not in elsewhere),
+            unseeable=dict(self.unseeable),
             tried=tuple(h.id for h in (*self.cheap, *(self.simulated if self.searched else ()))),
             searched=self.searched,
             unfinished=tuple(sorted(self.unfinished - chosen)),

@@ -56,11 +56,16 @@ def bias_variants(evidence: Evidence, model: EngineModel) -> list[Variant]:
 
 
 def smallest_bias(evidence: Evidence, model: EngineModel) -> list[Variant]:
-    """The smallest bias that is tried, on the id that was drawn most often."""
+    """The smallest bias that is tried, on the rarest id that could be noticed; end ids forbidden, if none was drawn."""
     if model.bias is not None or model.allowed or model.dist.truncates or model.dist.penalises:
         return []
-    commonest = int(evidence.tokens.targets_T.mode().values)
-    return [_variant(model, (commonest,), min(BIASES))]
+    ids, counts = torch.unique(evidence.everything.tokens.targets_T, return_counts=True)
+    often = counts > MIN_REPEATS
+    if not bool(often.any()):
+        return []
+    rarest = int(ids[often][counts[often].argmin()])
+    ends = tuple(i for i in evidence.facts.eos_ids if i not in ids.tolist())
+    return [_variant(model, (rarest,), min(BIASES)), *([_variant(model, ends, -math.inf)] if ends else [])]
 
 
 def _repeated(whole: Evidence, fit: Evidence, off_T: torch.Tensor, ids: tuple[int, ...]) -> bool:

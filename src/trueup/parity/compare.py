@@ -80,16 +80,17 @@ def clearly_better(better: Residual, worse: Residual, edge_allowance: float) -> 
 def would_show(
     evidence: Evidence, base: EngineModel, models: Sequence[EngineModel], floor: Floor, limits: LimitsConfig
 ) -> bool:
-    """Whether the model that differs least from `base` would be beyond a limit by that difference alone, in an engine
-    that adds no rounding of its own."""
+    """Whether each of some models would be beyond a limit by its difference from `base` alone, in an engine that adds
+    no rounding of its own."""
     tokens, before = evidence.tokens, residual(evidence, base)
-    shifts = []
-    for model in models:
+
+    def shows(model: EngineModel) -> bool:
         after = residual(evidence, model)
         usable_T = before.usable_T & after.usable_T
-        shifts.append((before.residual_T - after.residual_T).masked_fill(~usable_T, torch.nan))
-    least_T = min(shifts, key=lambda shift_T: float(shift_T.square().nanmean().nan_to_num(0.0)), default=None)
-    return least_T is not None and bool(judge(least_T, tokens.row_T, floor, limits, lines=tokens.lines).reasons)
+        shift_T = (before.residual_T - after.residual_T).masked_fill(~usable_T, torch.nan)
+        return bool(judge(shift_T, tokens.row_T, floor, limits, lines=tokens.lines).reasons)
+
+    return all(shows(model) for model in models)
 
 
 def separation(first: Residual, second: Residual) -> float:

@@ -42,8 +42,12 @@ SKEW = 1.2
 SAME_NATS = 1e-6
 LIKELY_END = 0.1
 """Where an end token is likelier than this, what a token says beside it is too little to be judged."""
+LIKELY_END_OUTSIDE = 1e-3
+"""The same where a filter may have dropped the end token, so that its probability may as well be 0."""
 MAX_COMPARED = 64
 """Completions of a prompt that each further one is compared with."""
+COLDER = 0.9
+"""Draws rule something out only if they could show this share of the declared temperature."""
 TOO_FEW_FIRST = "so few completions could not show that only their first tokens are drawn greedily"
 EXACT_COUNT = 512
 """Up to so many tokens the number of most likely ones is judged exactly, beyond that as a normal number."""
@@ -134,7 +138,8 @@ def judge_draws(
         tokens=count, surprise_z=z, top_tokens=int(top_T.sum()), top_expected=float(chance_T.sum()),
         first_tokens=int(first_T.sum()), first_top=int(top_T[first_T].sum()),
         first_expected=float(chance_T[first_T].sum()), copies=copies, shared_seed=shared,
-        blind="" if top_count_chance(chance_T[first_T], int(first_T.sum())) < rate else TOO_FEW_FIRST,
+        blind=_blind(scores, usable_T, rate)
+        or ("" if top_count_chance(chance_T[first_T], int(first_T.sum())) < rate else TOO_FEW_FIRST),
     )  # fmt: skip
 
 
@@ -149,7 +154,8 @@ def _among_others(evidence: Evidence, model: EngineModel, scores: TokenScores) -
         return scores, torch.ones_like(scores.logprobs_T, dtype=torch.bool)
     mass_T = evidence.mass(model.source, model.dist.temperature, ends).double()
     end_T = (mass_T / scores.log_kept_mass_T.double().exp()).clamp(1e-30, LIKELY_END)
-    unlikely_T = (end_T < LIKELY_END) & (end_T < scores.top_logprobs_T.double().exp())
+    likely = LIKELY_END_OUTSIDE if model.dist.truncates else LIKELY_END
+    unlikely_T = (end_T < likely) & (end_T < scores.top_logprobs_T.double().exp())
     apart_T = unlikely_T & ~torch.isin(evidence.tokens.targets_T, torch.tensor(ends))
     left_T = torch.log1p(-end_T)
     entropy_T = (scores.entropy_T.double() + end_T * end_T.log()) / (1 - end_T) + left_T
@@ -162,6 +168,20 @@ def _among_others(evidence: Evidence, model: EngineModel, scores: TokenScores) -
 def is_top(scores: TokenScores, within_nats: float = SAME_NATS) -> Tensor:
     """True where the chosen token is the most likely one, or as likely as that within so many nats, [T]."""
     return scores.logprobs_T >= scores.top_logprobs_T - within_nats
+
+
+def _blind(scores: TokenScores, usable_T: Tensor, rate: float) -> str:
+    """Says so if drawing at COLDER times the temperature would stay unseen in one of twenty checks.
+
+    At T' the surprise changes by Var(-log p) (1 - 1/T') to first order, which is sqrt(sum Var) (1 - 1/T') standard
+    deviations.
+    """
+    assert scores.varentropy_T is not None
+    spread = math.sqrt(float(scores.varentropy_T.double()[usable_T].sum()))
+    needed = (SKEW * normal_quantile(rate / 2) + normal_quantile(0.05)) / max(spread, 1e-12)
+    if needed <= 1 / COLDER - 1:
+        return ""
+    return f"in so few tokens draws show only from {1 / (1 + needed):.2g} times the declared temperature down"
 
 
 def _surprise(scores: TokenScores, usable_T: Tensor, *, slack: float) -> float:
@@ -192,10 +212,12 @@ def top_count_chance(chance_T: Tensor, seen: int) -> float:
 
 
 def _independent(evidence: Evidence, model: EngineModel, limits: LimitsConfig) -> tuple[Tensor, int, bool]:
-    """(tokens of completions that do not repeat another one [T], copies, whether chance rules shared beginnings out).
+    """(tokens that count as draws [T], copies, whether chance rules shared beginnings out).
 
-    Two completions of a prompt share a given beginning with its own probability, so that the chance of any shared
-    beginning as unlikely as p, among n pairs, is at most n p.
+    Where chance does, or nothing is left to chance, tokens of copies do not count. Elsewhere a completion that repeats
+    another one is a draw like any other: without it, what is left would be too surprising. Two completions of a prompt
+    share a given beginning with its own probability, so that the chance of any shared beginning as unlikely as p, among
+    n pairs, is at most n p.
     """
     tokens = evidence.tokens
     counts = torch.bincount(tokens.row_T, minlength=len(tokens.prompts)).tolist()
@@ -216,7 +238,8 @@ def _independent(evidence: Evidence, model: EngineModel, limits: LimitsConfig) -
         others.append(ids)
     rate = limits.false_alarm_rate / STATISTICS
     ruled_out = pairs > 0 and least_likely < math.log(rate / pairs) and evidence.case.sampling.temperature > 0
-    return torch.tensor(fresh), copies, ruled_out
+    counts_all = not ruled_out and evidence.case.sampling.temperature > 0
+    return torch.tensor(fresh) | counts_all, copies, ruled_out
 
 
 def shared_beginning(first: Sequence[int], second: Sequence[int]) -> int:

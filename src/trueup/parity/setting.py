@@ -313,7 +313,7 @@ class SettingJudge:
             if outcome == "mismatch" and not causes:
                 outcome, why = "inconclusive", f"{untested['S6']}: {why}"
         named = {c.id for c in causes}
-        ruled_out = [*found.ruled_out, *(i for i in INVARIANTS if i not in named)]
+        ruled_out = [i for i in (*found.ruled_out, *INVARIANTS) if i not in named]
         if outcome == "inconclusive":
             ruled_out = []
         elif outcome == "mismatch" and not causes:  # a weak or a combined form of any of them may be behind it
@@ -323,7 +323,8 @@ class SettingJudge:
         visible_rms = (found.judgement if seen.mismatch else verdict).visible_rms
         if draws.verdict == "agree" and outcome != "inconclusive":
             if draws.blind:
-                untested["S13"] = draws.blind
+                untested |= dict.fromkeys(("S3", "S13"), draws.blind)
+                ruled_out = [i for i in ruled_out if i != "S3"]
             else:
                 ruled_out.append("S13")
         elif draws.verdict == "not judged" and setting.case.drawn:

@@ -78,6 +78,5 @@ HYPOTHESES = (
         title="the last token was appended, not sampled",
         fix="keep the real end token with its logprob, or mask an appended one out of the loss",
         variants=_synthetic_end,
-        marked=True,
     ),
 )

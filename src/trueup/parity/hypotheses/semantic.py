@@ -175,6 +175,11 @@ def _own_penalties(evidence: Evidence, model: EngineModel) -> list[Variant]:
     ]
 
 
+def _smallest_penalties(evidence: Evidence, model: EngineModel) -> list[Variant]:
+    counted = _other_tokens(model) if model.dist.penalises else []
+    return [*_declared_penalties(evidence, model), *counted, *smallest_bias(evidence, model)]
+
+
 def _closer_penalty(evidence: Evidence, variant: Variant, step: float) -> list[Variant]:
     """Neighbours of a penalty that was found, or of a fitted bias."""
     if variant.model.bias is not None:
@@ -236,7 +241,7 @@ HYPOTHESES = (
         fix="turn penalties, logit_bias, bad_words and min_tokens off for rollouts, or replay them in the trainer",
         variants=_penalties,
         refine=_closer_penalty,
-        smallest=lambda e, m: [*_declared_penalties(e, m), *smallest_bias(e, m)],
+        smallest=_smallest_penalties,
         may_redraw=True,
     ),
 )
