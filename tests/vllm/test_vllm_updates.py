@@ -204,7 +204,7 @@ def test_without_a_way_to_restart_a_failed_engine_stays_dead(small, tmp_path):
 def test_a_tied_head_left_behind_is_found_by_the_canary(small, tmp_path, vllm_version):
     """0.32 on CPU moves the body of a tied model and not its head: served as it is, an update must not be believed."""
     if vllm_version != "0.32.0":
-        pytest.skip("a fault of 0.32 on CPU")
+        pytest.skip("the fault is vLLM 0.32.0's alone: it leaves the head of a tied model behind on a CPU")
     path, store, knobs = small
     with vllm_server(path, tmp_path / "run", untie=False, **knobs) as server:
         engine = VllmEngine.of(server, weights_root=store.root)
@@ -218,7 +218,7 @@ def test_a_tied_head_left_behind_is_found_by_the_canary(small, tmp_path, vllm_ve
 def test_an_fp32_head_over_a_bfloat16_body_follows_every_update(small, tmp_path, vllm_version, untie):
     """A float32 copy of a bfloat16 head goes stale unless it is made anew: only the head's own tensor changes here."""
     if vllm_version == "0.32.0" and not untie:
-        pytest.skip("a tied head stays behind in 0.32 on CPU")
+        pytest.skip("vLLM 0.32.0 leaves a tied head behind on a CPU: the canary's test covers that")
     path, store, knobs = small
     model = trainer(path, dtype=torch.bfloat16, grad=False)
     of_store = tensors_by_version(store, path, dtype=torch.bfloat16)

@@ -157,8 +157,8 @@ def words_of(name: str, value: float) -> str:
 
 
 def alter(model: LoadedModel, stack: ExitStack, name: str, value: float) -> bool:
-    """Patch a model as `name` says; False if there is no alteration of that name. Raises ModelError if the model
-    does not allow it."""
+    """Patch a model by the alteration called `name`; return False if there is none. Raises ModelError if the model
+    cannot be patched so."""
     kind, _, rest = name.partition("@")
     if kind in ALTERATIONS:
         ALTERATIONS[kind][1](model, stack, value)

@@ -1,8 +1,8 @@
 """16 bits on a CPU that has no instructions for them: a float32 body whose results are rounded as a 16-bit body's are.
 
 Without such instructions a product in bfloat16 takes ten times as long as in float32. Rounded here are what linear
-layers, norms and activations take and give, rotary tables, and the residual stream; what attention kernels round inside
-is not.
+layers, norms and activations take and give, rotary tables, and the residual stream. What attention kernels round
+internally is not imitated.
 """
 
 from __future__ import annotations

@@ -41,9 +41,9 @@ SKEW = 1.2
 """The surprise of a token is skewed: a sum of few dozen leaves the range of a normal one more often than it should."""
 SAME_NATS = 1e-6
 LIKELY_END = 0.1
-"""Where an end token is likelier than this, what a token says beside it is too little to be judged."""
+"""A position where an end token is more probable than this is not judged when end tokens are left out."""
 LIKELY_END_OUTSIDE = 1e-3
-"""The same where a filter may have dropped the end token, so that its probability may as well be 0."""
+"""The same under a kept set, which may or may not hold the end token."""
 MAX_COMPARED = 64
 """Completions of a prompt that each further one is compared with."""
 COLDER = 0.9
@@ -95,8 +95,8 @@ def judge_draws(
 
     `noise_rms` is the noise floor in nats: the engine draws from its own rounding of the distribution, which moves the
     expected surprise by half of its square. `token_limit` is how far rounding may move a logprob. `whatever_length`:
-    the completions may have been chosen by their length (the first to finish, say), so that nothing is said of whether
-    they ended: each token is judged among those that are no end token.
+    the completions may have been selected by length (the first to finish, say). End tokens are then left out, and every
+    other token is judged under the distribution without them.
     """
     tokens = evidence.tokens
     fresh_T, copies, shared = _independent(evidence, model, limits)
@@ -144,10 +144,10 @@ def judge_draws(
 
 
 def _among_others(evidence: Evidence, model: EngineModel, scores: TokenScores) -> tuple[TokenScores, Tensor]:
-    """Scores among the ids that end nothing, and where these hold: not at end tokens, nor where one was likely or the
-    likeliest of all.
+    """Scores under the distribution without end tokens, and a mask of the tokens for which they hold, [T].
 
-    With P the probability of an end, p becomes p / (1 - P) and H becomes (H + P log P) / (1 - P) + log(1 - P).
+    The mask leaves out end tokens, and positions where one was likely or the most likely token of all. With P the
+    probability of an end, p becomes p / (1 - P) and H becomes (H + P log P) / (1 - P) + log(1 - P).
     """
     ends = evidence.facts.eos_ids
     if not ends:
@@ -171,7 +171,7 @@ def is_top(scores: TokenScores, within_nats: float = SAME_NATS) -> Tensor:
 
 
 def _blind(scores: TokenScores, usable_T: Tensor, rate: float) -> str:
-    """Says so if drawing at COLDER times the temperature would stay unseen in one of twenty checks.
+    """Say how cold draws must be to show in 19 of 20 checks; "" if COLDER times the declared temperature would do.
 
     At T' the surprise changes by Var(-log p) (1 - 1/T') to first order, which is sqrt(sum Var) (1 - 1/T') standard
     deviations.
@@ -214,10 +214,10 @@ def top_count_chance(chance_T: Tensor, seen: int) -> float:
 def _independent(evidence: Evidence, model: EngineModel, limits: LimitsConfig) -> tuple[Tensor, int, bool]:
     """(tokens that count as draws [T], copies, whether chance rules shared beginnings out).
 
-    Where chance does, or nothing is left to chance, tokens of copies do not count. Elsewhere a completion that repeats
-    another one is a draw like any other: without it, what is left would be too surprising. Two completions of a prompt
-    share a given beginning with its own probability, so that the chance of any shared beginning as unlikely as p, among
-    n pairs, is at most n p.
+    Copies do not count if chance rules them out, or at temperature 0. Otherwise a completion that repeats another one
+    is a draw like any other; without it, the remaining ones would be too surprising. Two completions of a prompt share
+    a given beginning with its own probability, so that the chance of any shared beginning as unlikely as p, among n
+    pairs, is at most n p.
     """
     tokens = evidence.tokens
     counts = torch.bincount(tokens.row_T, minlength=len(tokens.prompts)).tolist()

@@ -57,7 +57,7 @@ def at_edge(evidence: Evidence, now: Residual, *, noise_rms: float, token_limit:
     """True for tokens that rounding at the edge of the kept set explains, [T].
 
     Of those far off: that a neighbouring kept set leaves within `token_limit` nats. Of those outside the kept set: that
-    a neighbouring one holds, or that lie hardly below the cut.
+    a neighbouring one holds them, or that they lie within EDGE_FLOORS noise floors below the cut.
     """
     dist = evidence.case.trainer_distribution
     far_T = now.edge_T | (now.usable_T & (now.residual_T.abs() > token_limit))

@@ -69,7 +69,7 @@ class Workbench:
             self.scorer.tensors(label)
         device = torch.device(self.check.device)
         if not all(multiplies(side.body, device) for side in (self.scorer.trainer, self.scorer.engine)):
-            self.notes.append("this CPU has no instructions for 16 bits: float32 that is rounded takes their place")
+            self.notes.append("this CPU has no instructions for 16 bits: they are imitated by rounding float32")
 
     @property
     def limits(self) -> LimitsConfig:

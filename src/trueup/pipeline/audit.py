@@ -137,16 +137,14 @@ class Auditor:
         judgement = _judged(parts, parts.backend_T, floor, check)
         verdict = "inconclusive" if not judgement.enough else "mismatch" if judgement.reasons else "agree"
         causes: list[dict[str, object]] = []
-        first = None
         drawn, origin = check.draws(floor, judgement)
         if verdict == "agree" and origin is not None:
             verdict, causes = "mismatch", [origin]
             judgement = replace(judgement, reasons=(drawn.why,))
-            first = self._first(record, since) if explain else None
         elif verdict == "mismatch" and explain:
-            first = self._first(record, since)
             stale = self._stale_prompts(rollouts, groups, parts, floor, check)
             causes = [stale] if stale is not None and stale["confidence"] == "high" else self._causes(stale, sample)
+        first = self._first(record, since) if verdict == "mismatch" and explain else None
         return Audit(
             batch=record["batch"], version=record["version"], rollouts=len(rollouts), tokens=judgement.tokens,
             components=parts.as_dict(), replayed=parts.replayed, floor=floor.as_dict(),
@@ -297,13 +295,11 @@ class _LogCheck:
     def draws(self, floor: Floor, judgement: Judgement) -> tuple[Draws, dict[str, object] | None]:
         """Whether these tokens were drawn as declared, and what is behind it if not.
 
-        A run is audited again and again, so that only what shows in both halves of the completions counts. The groups
-        of a batch are those that were finished first: nothing is made of where completions end.
+        A run is audited many times, so only what shows in both halves of the completions counts. A batch holds the
+        groups that finished first, so where completions end is no evidence.
         """
-        case, scorer = self.setting.case, self.bench.scorer
+        case, scorer, limits = self.setting.case, self.bench.scorer, self.bench.limits
         model = EngineModel(dist=case.processed, source=TRAINER)
-
-        limits = self.bench.limits
         of_half = limits.model_copy(update={"min_tokens": limits.min_tokens // 2})
 
         def judged(rows: Sequence[TraceRow], limits: LimitsConfig) -> Draws:

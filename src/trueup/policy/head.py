@@ -28,7 +28,7 @@ STREAM_BLOCK = 2048
 
 @functools.cache
 def _instructions() -> frozenset[str]:
-    """Names of the instruction sets of this CPU; "other" stands for what is no x86."""
+    """Names of this CPU's instruction sets; "other" if it is not an x86 CPU."""
     found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {"architecture": "unknown"}
     other = {"other"} if found.get("architecture") != "x86_64" else set()
     return frozenset({name for name, there in found.items() if there is True} | other)
