@@ -21,7 +21,7 @@ from trueup.engines.vllm_checkpoint import HEAD, read_checkpoint, serve_folder
 from trueup.engines.vllm_completion import StreamCompleter, versions_of_spans
 from trueup.engines.vllm_facts import minor, read_facts
 from trueup.engines.vllm_flags import FlagReport, is_one_of_few, reported_flags
-from trueup.engines.vllm_server import VllmServer
+from trueup.engines.vllm_server import VllmServer, _cause
 from trueup.errors import ConfigError, EngineError, ModelError
 from trueup.knobs import VllmConfig
 from trueup.model.load import load_model
@@ -235,6 +235,21 @@ def test_the_launcher_names_what_is_missing(tmp_path):
         VllmServer(VllmConfig())
     with pytest.raises(ConfigError, match=r"trueup vllm install --version 0\.18\.1"):
         VllmServer(VllmConfig(model=tmp_path, environments=tmp_path, version="0.18.1"))
+
+
+@pytest.mark.parametrize(
+    ("lines", "cause"),
+    [
+        (["loading", "ValueError: too long", "EngineDeadError: see above"], "ValueError: too long"),
+        (["Worker proc W-0 died unexpectedly (exit code: -4)", "RuntimeError: cancelled"], "Worker proc W-0 died"),
+        (["loading", "still loading"], "still loading"),
+        ([], "it is empty"),
+    ],
+)
+def test_of_a_log_the_line_is_shown_that_says_what_went_wrong(tmp_path, lines, cause):
+    log = tmp_path / "vllm.log"
+    log.write_text("\n".join(lines))
+    assert cause in _cause(log)
 
 
 def test_the_plugins_wheel_holds_the_file_that_stands_here(tmp_path):

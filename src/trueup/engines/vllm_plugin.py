@@ -1,4 +1,4 @@
-"""A vLLM plugin: an fp32 head for 0.18.1, which refuses `head_dtype` for generation, and waiting that shares a CPU.
+"""A vLLM plugin: an fp32 head for 0.18.1, which refuses `head_dtype` for generation, and two mends for CPUs.
 
 This file is copied alone into vLLM's environment, so it imports nothing of trueup. With `--additional-config
 '{"trueup_fp32_head": true}'` logits are float32 hidden states times a float32 copy of the head, tied or not. The copy
@@ -7,6 +7,10 @@ is made at the first use and thrown away whenever weights are loaded or reloaded
 On a CPU vLLM's scheduler and worker wait for each other in a loop around `sched_yield`. On Linux 6.18 everybody else
 was then runnable and not run, for up to 40 s: a trainer beside a busy engine stands still. They sleep instead, as vLLM
 has them do on Pythons older than 3.11.1.
+
+Linux lets a process use the tile registers of Intel's AMX only once it has asked. oneDNN asks before its first matmul
+in bfloat16; vLLM's own kernels, which small layers and attention use, do not. A worker whose first bfloat16 kernel
+was one of vLLM's died of an illegal instruction, so the plugin asks.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ def register() -> None:
     from vllm import __version__
 
     _share_the_cpu()
+    _ask_for_tiles()
     if __version__.startswith(WITHOUT_FP32_HEAD):
         _wrap_head()
 
@@ -35,6 +40,14 @@ def _share_the_cpu() -> None:
 
     if current_platform.is_cpu():
         shm_broadcast.sched_yield = lambda: time.sleep(0)
+
+
+def _ask_for_tiles() -> None:
+    import torch
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and hasattr(torch.cpu, "_init_amx"):
+        torch.cpu._init_amx()
 
 
 def _wrap_head() -> None:

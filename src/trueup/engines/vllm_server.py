@@ -237,7 +237,8 @@ def _signal_group(pid: int, number: int) -> None:
 
 
 def _cause(log: Path) -> str:
-    """The line of a log that says what went wrong: the last exception, else the last."""
+    """The line of a log that says what went wrong: a worker's death, else the last exception, else the last line."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    died = [line for line in lines if "died unexpectedly" in line]
     named = [line for line in lines if re.search(r"\w+Error: ", line) and "EngineDeadError" not in line]
-    return (named or lines or ["it is empty"])[-1][:LOG_LINE]
+    return (died or named or lines or ["it is empty"])[-1][:LOG_LINE]
