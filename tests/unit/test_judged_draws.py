@@ -1,94 +1,319 @@
-"""parity/draws.py: tokens judged as draws, apart from where completions end."""
+"""parity/draws.py: were tokens drawn from the distribution that is declared, and if not, from which one?"""
 
+import math
+from dataclasses import replace
+
+import pytest
 import torch
+from scipy.stats import binom
+from tests.table_kit import drawn, evidence_of, logits_of, trace_rows
 
 from trueup.knobs import LimitsConfig
-from trueup.parity.draws import _among_others, _blind, _independent
-from trueup.parity.evidence import Case, EngineModel, Evidence, Tokens
+from trueup.parity.draws import (
+    EXACT_COUNT,
+    IMPOSSIBLE_NATS,
+    SKEW,
+    STATISTICS,
+    TOO_FEW_FIRST,
+    _among_others,
+    _blind,
+    _independent,
+    _likelihood,
+    _surprise,
+    is_top,
+    judge_draws,
+    origin_of,
+    shared_beginning,
+    top_count_chance,
+)  # fmt: skip
+from trueup.parity.evidence import TRAINER, EngineModel
 from trueup.parity.facts import Facts
+from trueup.parity.floor import normal_quantile
 from trueup.policy.processing import Distribution
 from trueup.policy.reduction import TokenScores
-from trueup.trace import EngineInfo, TraceRow
 from trueup.types import LogprobKind, SamplingParams
 
-
-def test_draws_whatever_their_length_are_judged_among_the_ids_that_end_nothing():
-    generator = torch.Generator().manual_seed(0)
-    logits_TV = 2 * torch.randn(60, 12, generator=generator, dtype=torch.float64)
-    logits_TV[:, 5] = -1.0
-    logprobs_TV = logits_TV.log_softmax(1)
-    targets_T = torch.multinomial(logprobs_TV.exp(), 1, generator=generator)[:, 0]
-    targets_T[7] = 5
-    row = TraceRow(
-        line=1, engine=EngineInfo(), sampling={}, prompt_token_ids=(1,), completion_token_ids=tuple(targets_T.tolist()),
-        completion_logprobs=(0.0,) * 60,
-    )  # fmt: skip
-
-    def scores(of_TV):
-        own_T = of_TV.gather(1, targets_T[:, None])[:, 0]
-        entropy_T = -(of_TV.exp() * of_TV.masked_fill(of_TV == -torch.inf, 0.0)).sum(1)
-        return TokenScores(
-            logprobs_T=own_T, entropy_T=entropy_T, kept_T=torch.full((60,), 12), log_kept_mass_T=torch.zeros(60),
-            top_logprobs_T=of_TV.amax(1),
-        )  # fmt: skip
-
-    case = Case(engine=row.engine, sampling=SamplingParams(), trainer=LogprobKind.RAW)
-    evidence = Evidence(
-        case=case, tokens=Tokens.of([row]), facts=Facts(eos_ids=(5,)), ask=lambda *a: [], expected=lambda: targets_T,
-        mass=lambda source, temperature, ids: logprobs_TV.exp()[:, list(ids)].sum(1),
-        spread=lambda *a: scores(logprobs_TV),
-    )  # fmt: skip
-    found, apart_T = _among_others(evidence, EngineModel(dist=Distribution()), scores(logprobs_TV))
-    others_TV = logits_TV.clone()
-    others_TV[:, 5] = -torch.inf
-    expected = scores(others_TV.log_softmax(1))
-    assert 40 < int(apart_T.sum()) < 60 and not apart_T[7]
-    for name in ("logprobs_T", "entropy_T", "top_logprobs_T"):
-        torch.testing.assert_close(getattr(found, name)[apart_T], getattr(expected, name)[apart_T])
+LENGTH, ROWS = 25, 160
+LIMITS = LimitsConfig()
+LOGITS = logits_of(LENGTH * ROWS)
+CLOSE = {"noise_rms": 0.0, "token_limit": 0.01}
 
 
-def rows(completions):
-    return [
-        TraceRow(
-            line=at, engine=EngineInfo(), sampling={}, prompt_token_ids=(1,), completion_token_ids=ids,
-            completion_logprobs=(0.0,) * len(ids),
-        )
-        for at, ids in enumerate(completions)
-    ]  # fmt: skip
+def model_of(evidence):
+    return EngineModel(dist=evidence.case.processed)
 
 
-def uniform(tokens, logprob):
-    """Evidence whose tokens all have one logprob."""
+def judged(targets_T, logits_TV=LOGITS, *, length=LENGTH, noise_rms=0.0, whatever_length=False, prompts=None, **knobs):
+    """(draws, origin or None) of tokens against a table."""
+    evidence = evidence_of(logits_TV, trace_rows(targets_T, length, prompts=prompts), **knobs)
+    model = model_of(evidence)
+    draws = judge_draws(evidence, model, LIMITS, noise_rms=noise_rms, token_limit=0.01, whatever_length=whatever_length)
+    return draws, origin_of(evidence, draws, model) if draws.verdict == "mismatch" else None
+
+
+def test_honest_draws_agree_and_what_was_counted_is_what_is_there():
+    targets_T = drawn(LOGITS)
+    draws, _ = judged(targets_T)
+    probability_TV = LOGITS.softmax(1)
+    top_T = targets_T == LOGITS.argmax(1)
+    first_T = torch.arange(len(targets_T)) % LENGTH == 0
+    assert draws.verdict == "agree" and draws.why == "as the distribution says" and draws.blind == ""
+    assert (draws.tokens, draws.copies, draws.shared_seed) == (len(targets_T), 0, False)
+    assert (draws.top_tokens, draws.first_tokens, draws.first_top) == (
+        int(top_T.sum()),
+        ROWS,
+        int(top_T[first_T].sum()),
+    )
+    assert draws.top_expected == pytest.approx(float(probability_TV.amax(1).sum()))
+    assert draws.first_expected == pytest.approx(float(probability_TV.amax(1)[first_T].sum()))
+    surprise_TV = -probability_TV.log()
+    entropy_T = (probability_TV * surprise_TV).sum(1)
+    variance_T = (probability_TV * surprise_TV.square()).sum(1) - entropy_T.square()
+    offset = float((surprise_TV.gather(1, targets_T[:, None])[:, 0] - entropy_T).sum())
+    assert draws.surprise_z == pytest.approx(offset / math.sqrt(float(variance_T.sum())))
+
+
+def test_hundreds_of_honest_samples_agree():
+    part = LOGITS[: 40 * LENGTH]
+    verdicts = [judged(drawn(part, seed=seed), part)[0].verdict for seed in range(100, 300)]
+    assert verdicts == ["agree"] * len(verdicts)
+
+
+@pytest.mark.parametrize(("temperature", "sign", "words"), [(0.7, -1, "less"), (1.5, 1, "more")])
+def test_colder_and_hotter_draws_are_named_by_their_temperature(temperature, sign, words):
+    draws, origin = judged(drawn(LOGITS, temperature=temperature))
+    assert draws.verdict == "mismatch" and f"{words} surprising" in draws.why and draws.surprise_z * sign > 4
+    assert f"(z {draws.surprise_z:+.1f})" in draws.why
+    assert origin.id == "S3" and f"T'={temperature:g} makes the tokens" in origin.evidence
+    assert origin.confidence == "high" and origin.subject == "draws" and origin.layer == "semantic"
+    likelier = float(
+        ((LOGITS / temperature).log_softmax(1) - LOGITS.log_softmax(1))
+        .gather(1, drawn(LOGITS, temperature=temperature)[:, None])
+        .sum()
+    )
+    assert f"{likelier:.0f} nats likelier than temperature=1" in origin.evidence
+
+
+@pytest.mark.parametrize(("omitted", "cause"), [((), "S13"), (("top_k",), "S5")])
+def test_a_filter_that_reaches_only_the_draws_is_named(omitted, cause):
+    draws, origin = judged(drawn(LOGITS, top_k=2), omitted=omitted)
+    assert draws.verdict == "mismatch" and origin.id == cause and "top_k=2 makes" in origin.evidence
+    assert ("no request set" in origin.title) == bool(omitted)
+
+
+@pytest.mark.parametrize(("omitted", "cause"), [((), "S3"), (("temperature",), "S5")])
+def test_greedy_draws_are_said_to_be_greedy(omitted, cause):
+    draws, origin = judged(LOGITS.argmax(1), omitted=omitted)
+    assert draws.verdict == "mismatch" and draws.top_tokens == draws.tokens == len(LOGITS)
+    assert f"{len(LOGITS)} of {len(LOGITS)} tokens are the most likely one" in draws.why
+    assert origin.id == cause and "drawn greedily" in origin.title
+
+
+def test_tokens_that_no_other_distribution_makes_likelier_stay_without_one():
+    """Only first tokens are greedy: neither a temperature nor a filter does that."""
+    logits_TV = logits_of(LENGTH * ROWS, scale=0.3)
+    targets_T = drawn(logits_TV)
+    targets_T[::LENGTH] = logits_TV[::LENGTH].argmax(1)
+    draws, origin = judged(targets_T, logits_TV)
+    assert draws.verdict == "mismatch" and f"{ROWS} of {ROWS} first tokens are the most likely one" in draws.why
+    assert origin.id == "S13" and f"makes the {len(logits_TV)} tokens likelier" in origin.evidence
+
+
+def test_few_first_tokens_are_known_to_show_nothing():
+    draws, _ = judged(drawn(LOGITS), length=LENGTH * ROWS // 2)
+    assert draws.verdict == "agree" and draws.first_tokens == 2 and draws.blind == TOO_FEW_FIRST
+
+
+def test_too_few_tokens_are_not_judged():
+    few = LIMITS.min_tokens - 1
+    draws, _ = judged(drawn(LOGITS[:few]), LOGITS[:few])
+    assert draws.verdict == "not judged" and draws.why == f"{few} independent tokens are too few (64 needed)"
+    assert judged(drawn(LOGITS[: few + 1]), LOGITS[: few + 1])[0].verdict == "agree"
+
+
+def test_at_temperature_0_each_token_has_to_be_the_most_likely_one():
+    greedy, targets_T = SamplingParams(temperature=0.0), LOGITS.argmax(1)
+    draws, _ = judged(targets_T, sampling=greedy)
+    assert draws.verdict == "agree" and draws.tokens == draws.top_tokens == draws.top_expected == len(LOGITS)
+    targets_T[3] = LOGITS[3].argmin()
+    draws = judge_draws(
+        evidence := evidence_of(LOGITS, trace_rows(targets_T, LENGTH), sampling=greedy),
+        model_of(evidence),
+        LIMITS,
+        **CLOSE,
+    )
+    assert draws.verdict == "mismatch" and f"1 of {len(LOGITS)} tokens are not the most likely one" in draws.why
+    tie_TV = LOGITS.clone()
+    tie_TV[3, targets_T[3]] = LOGITS[3].amax() - 0.009
+    assert judged(targets_T, tie_TV, sampling=greedy)[0].verdict == "agree", "as likely as rounding can tell"
+
+
+def test_tokens_outside_the_declared_kept_set_are_no_draws_from_it():
+    targets_T = drawn(LOGITS, top_k=10)
+    targets_T[5] = LOGITS[5].argmin()
+    draws, _ = judged(targets_T, sampling=SamplingParams(top_k=10))
+    assert draws.tokens == len(targets_T) - 1 and draws.verdict == "agree"
+
+
+def test_rounding_is_given_half_of_its_square_and_more():
+    """An engine draws from its own rounding of the distribution: so many nats of surprise are no sign of anything."""
+    targets_T = drawn(LOGITS)
+    plain, wide = judged(targets_T)[0].surprise_z, judged(targets_T, noise_rms=1.0)[0].surprise_z
+    assert plain != 0 and wide == 0
     scores = TokenScores(
-        logprobs_T=torch.full((len(tokens),), logprob), entropy_T=torch.full((len(tokens),), -logprob),
-        kept_T=torch.full((len(tokens),), 2), log_kept_mass_T=torch.zeros(len(tokens)),
-        top_logprobs_T=torch.full((len(tokens),), logprob),
+        **{n: torch.zeros(4) for n in ("log_kept_mass_T", "kept_T", "top_logprobs_T")},
+        logprobs_T=torch.full((4,), -3.0), entropy_T=torch.ones(4), varentropy_T=torch.ones(4),
     )  # fmt: skip
-    return Evidence(
-        case=Case(engine=EngineInfo(), sampling=SamplingParams(), trainer=LogprobKind.RAW), tokens=tokens,
-        ask=lambda source, dists: [scores] * len(dists), mass=lambda *a: scores.logprobs_T,
-        expected=lambda: scores.logprobs_T, spread=lambda *a: scores,
-    )  # fmt: skip
+    usable_T = torch.tensor([True, True, True, False])
+    assert _surprise(scores, usable_T, slack=0.0) == pytest.approx(6 / math.sqrt(3))
+    assert _surprise(scores, usable_T, slack=2.0) == pytest.approx(4 / math.sqrt(3))
+    assert _surprise(replace(scores, varentropy_T=torch.zeros(4)), usable_T, slack=0.0) == 0
+
+
+@pytest.mark.parametrize(("trials", "tolerance"), [(60, 1e-9), (EXACT_COUNT, 1e-9), (4 * EXACT_COUNT, 0.1)])
+@pytest.mark.parametrize("share", [0.27, 0.29, 0.3, 0.315, 0.33])
+def test_the_chance_of_a_count_is_that_of_the_nearer_tail(trials, tolerance, share):
+    seen = int(share * trials)
+    tail = min(binom.cdf(seen, trials, 0.3), binom.sf(seen - 1, trials, 0.3))
+    found = top_count_chance(torch.full((trials,), 0.3, dtype=torch.float64), seen)
+    assert found == pytest.approx(tail, rel=tolerance)
+
+
+def test_chances_beyond_one_are_certainties():
+    assert top_count_chance(torch.tensor([1.0000001, 0.5]), 1) == pytest.approx(0.5)
+    assert top_count_chance(torch.ones(600), 600) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "shared"), [((1, 2, 3), (1, 2, 4), 2), ((1, 2), (1, 2, 3), 2), ((5,), (6,), 0), ((), (1,), 0)]
+)
+def test_a_beginning_is_shared_up_to_the_first_difference(first, second, shared):
+    assert shared_beginning(first, second) == shared
 
 
 def test_copies_that_chance_explains_are_draws_like_any_other():
     """Short answers of one prompt repeat: leaving them out would leave what is too surprising."""
-    tokens = Tokens.of(rows([(4, 5)] * 6 + [(4, 6)] * 2))
-    fresh_T, copies, shared = _independent(uniform(tokens, -0.5), EngineModel(dist=Distribution()), LimitsConfig())
+    logits_TV = torch.zeros(16, 8, dtype=torch.float64)
+    logits_TV[:, [4, 5, 6]] = 3.0
+    rows = trace_rows(torch.tensor([4, 5] * 6 + [4, 6] * 2), 2, prompts=[1] * 8)
+    evidence = evidence_of(logits_TV, rows)
+    fresh_T, copies, shared = _independent(evidence, model_of(evidence), LIMITS)
     assert copies == 6 and not shared and bool(fresh_T.all())
 
 
-def test_copies_that_chance_rules_out_do_not_count():
-    tokens = Tokens.of(rows([tuple(range(40))] * 3))
-    fresh_T, copies, shared = _independent(uniform(tokens, -2.0), EngineModel(dist=Distribution()), LimitsConfig())
-    assert copies == 2 and shared and int(fresh_T.sum()) == 40
+def test_beginnings_that_chance_rules_out_were_drawn_with_one_seed():
+    """Chance that some pair of n shares what it shares: at most n times its probability."""
+    one_T = drawn(LOGITS[:LENGTH])
+    logits_TV = LOGITS[:LENGTH].repeat(4, 1)
+    apart_T = one_T.clone()
+    apart_T[10:] = drawn(LOGITS[:LENGTH], seed=9)[10:]
+    assert apart_T[10] != one_T[10]
+    targets_T = torch.cat([one_T, one_T, apart_T, drawn(LOGITS[:LENGTH], seed=5)])
+    draws, origin = judged(targets_T, logits_TV, prompts=[3] * 4)
+    assert draws.verdict == "mismatch" and draws.shared_seed and draws.copies == 1 and draws.tokens == 3 * LENGTH
+    assert "begin alike, which chance rules out (1 are whole copies)" in draws.why
+    assert origin.id == "S13" and "same random numbers" in origin.title
+    draws, _ = judged(targets_T, logits_TV, prompts=[3, 4, 5, 6])
+    assert not draws.shared_seed and draws.copies == 0, "the same answer to other prompts is no copy"
+
+
+def test_the_limit_of_a_shared_beginning_counts_the_pairs():
+    rate = LIMITS.false_alarm_rate / STATISTICS
+    for pairs, completions in ((1, 2), (3, 3)):
+        for factor, ruled_out in ((0.9, True), (1.1, False)):
+            logprob = math.log(factor * rate / pairs)
+            logits_TV = torch.tensor([[logprob, math.log1p(-math.exp(logprob))]] * completions, dtype=torch.float64)
+            evidence = evidence_of(logits_TV, trace_rows(torch.zeros(completions).long(), 1, prompts=[1] * completions))
+            assert _independent(evidence, model_of(evidence), LIMITS)[2] == ruled_out, (pairs, factor)
+
+
+def test_copies_at_temperature_0_count_once():
+    evidence = evidence_of(
+        LOGITS[:LENGTH].repeat(2, 1), trace_rows(LOGITS[:LENGTH].argmax(1).repeat(2), LENGTH, prompts=[1, 1]),
+        sampling=SamplingParams(temperature=0.0),
+    )  # fmt: skip
+    fresh_T, copies, shared = _independent(evidence, model_of(evidence), LIMITS)
+    assert (int(fresh_T.sum()), copies, shared) == (LENGTH, 1, False)
+
+
+def test_a_token_is_the_most_likely_one_within_a_distance():
+    scores = TokenScores(
+        **{n: torch.zeros(3) for n in ("entropy_T", "log_kept_mass_T", "kept_T")},
+        logprobs_T=torch.tensor([-1.0, -1.05, -2.0]), top_logprobs_T=torch.full((3,), -1.0),
+    )  # fmt: skip
+    assert is_top(scores).tolist() == [True, False, False]
+    assert is_top(scores, 0.1).tolist() == [True, True, False]
+
+
+def test_a_token_that_a_distribution_rules_out_costs_so_many_nats():
+    evidence = evidence_of(LOGITS[:2], trace_rows(LOGITS[:2].argmin(1), 2))
+    every_T = torch.tensor([True, True])
+    assert _likelihood(evidence, TRAINER, Distribution(top_k=1), every_T) == -2 * IMPOSSIBLE_NATS
+    assert _likelihood(evidence, TRAINER, Distribution(top_k=1), ~every_T) == 0
+
+
+@pytest.mark.parametrize("truncates", [False, True])
+def test_draws_whatever_their_length_are_judged_among_the_ids_that_end_nothing(truncates):
+    end, logits_TV = 5, logits_of(400, 12, scale=2.0)
+    logits_TV[:, end] = -1.0
+    logits_TV[11, end], logits_TV[12, end] = 9.0, logits_TV[12].amax() - 1e-3
+    targets_T = drawn(logits_TV)
+    targets_T[7] = end
+    dist = Distribution(top_p=0.99999) if truncates else Distribution()
+    evidence = evidence_of(logits_TV, trace_rows(targets_T, 400), facts=Facts(eos_ids=(end,), vocab=12))
+    model = EngineModel(dist=dist)
+    found, apart_T = _among_others(evidence, model, evidence.spread(TRAINER, dist))
+    likely = 1e-3 if truncates else 0.1
+    end_T = logits_TV.softmax(1)[:, end]
+    assert bool((end_T[apart_T] < likely).all()) and not apart_T[[7, 11, 12]].any()
+    assert bool(apart_T[(end_T < 0.9 * likely) & (targets_T != end)].all()) and int(apart_T.sum()) > 3
+    if not truncates:
+        others_TV = logits_TV.clone()
+        others_TV[:, end] = -torch.inf
+        others = evidence_of(others_TV.clamp_min(-1e4), trace_rows(targets_T, 400)).spread(TRAINER, dist)
+        for name in ("logprobs_T", "entropy_T", "top_logprobs_T"):
+            torch.testing.assert_close(getattr(found, name)[apart_T], getattr(others, name)[apart_T].double())
+    same, every_T = _among_others(
+        evidence_of(logits_TV, trace_rows(targets_T, 400)), model, scores := evidence.spread(TRAINER, dist)
+    )
+    assert same is scores and bool(every_T.all()), "nothing ends a completion"
+
+
+def test_completions_chosen_by_length_agree_only_apart_from_their_ends():
+    """The short ones of many: their end tokens came too early, and nothing else is wrong."""
+    vocab, end, logits_TV = 12, 0, logits_of(60_000, 12, seed=3)
+    logits_TV[:, end] = -1.0
+    every_T = drawn(logits_TV)
+    kept, at = [], 0
+    for stop in (every_T == end).nonzero()[:, 0].tolist():
+        if stop - at < 12:
+            kept.append(torch.arange(at, stop + 1))
+        at = stop + 1
+    rows = [trace_rows(every_T[part], len(part))[0] for part in kept]
+    rows = [replace(row, line=at, prompt_token_ids=(at,)) for at, row in enumerate(rows)]
+    evidence = evidence_of(logits_TV[torch.cat(kept)], rows, facts=Facts(eos_ids=(end,), vocab=vocab))
+    plain, apart = (
+        judge_draws(evidence, model_of(evidence), LIMITS, whatever_length=flag, **CLOSE) for flag in (False, True)
+    )
+    assert plain.verdict == "mismatch" and apart.verdict == "agree" and 0 < apart.tokens < plain.tokens
 
 
 def test_few_tokens_say_from_which_temperature_on_draws_would_show():
-    def said(count):
-        scores = TokenScores(**{n: torch.zeros(count) for n in (
-            "logprobs_T", "entropy_T", "log_kept_mass_T", "kept_T", "top_logprobs_T",
-        )}, varentropy_T=torch.full((count,), 0.5))  # fmt: skip
-        return _blind(scores, torch.ones(count, dtype=torch.bool), 5e-5)
+    rate = 5e-5
 
-    assert "0.71 times" in said(512) and said(20_000) == ""
+    def said(count, variance=0.5):
+        scores = TokenScores(
+            **{n: torch.zeros(count) for n in
+               ("logprobs_T", "entropy_T", "log_kept_mass_T", "kept_T", "top_logprobs_T")},
+            varentropy_T=torch.full((count,), variance),
+        )  # fmt: skip
+        return _blind(scores, torch.ones(count, dtype=torch.bool), rate)
+
+    needed = (SKEW * normal_quantile(rate / 2) + normal_quantile(0.05)) / math.sqrt(512 * 0.5)
+    assert f"from {1 / (1 + needed):.2g} times" in said(512) and "0.71 times" in said(512)
+    assert said(20_000) == "" and said(64, variance=0.0).startswith("in so few tokens")
+
+
+def test_a_trainer_of_another_kind_changes_nothing_about_draws():
+    draws, _ = judged(drawn(LOGITS, temperature=0.8), sampling=SamplingParams(temperature=0.8), trainer=LogprobKind.RAW)
+    assert draws.verdict == "agree"
