@@ -103,6 +103,17 @@ def test_beside_noise_a_right_cause_and_what_is_left_stay():
     assert not kept[1].causes and kept[1].unexplained is not None
 
 
+def test_noise_is_not_the_reason_for_far_more_than_itself():
+    """A model without its attention scale amplifies the rounding of a batch to 1.2 nats, and is off by 4.2."""
+    noise, found = [probe("batch", 1.2)], [cause("I3", layer="inference"), cause("W2", layer="weights")]
+    settled = verdicts.settle([report(left=4.2)], found, noise)
+    batch, weights = verdicts.beside_what_is_left(found, settled)
+    assert batch.confidence == "low" and "off by 4.2 nats for another reason" in batch.evidence
+    assert weights == found[1]
+    settled = verdicts.settle([report(left=2.3)], found, noise)
+    assert verdicts.beside_what_is_left(found, settled) == found, "the noise accounts for it"
+
+
 def test_decoding_is_not_blamed_for_hidden_defaults():
     scoring = report("temperature=1 [engine's scores]", verdict="agree")
     plain = replace(report(left=1.0), gap={"rms": 1.0, "mean_abs": 1.0})

@@ -256,7 +256,9 @@ class LiveCheck:
             self.not_there["I4"] = plain.visible_rms
         else:
             self.missing["I4"] = QUICK if self.quick else "generation and scoring do not both fit the trainer"
-        return verdicts.settle(reports, self.causes, self.probes)
+        reports = verdicts.settle(reports, self.causes, self.probes)
+        self.causes = verdicts.beside_what_is_left(self.causes, reports)
+        return reports
 
     def _decoding(
         self, reports: list[SettingReport], groups: Sequence[Setting], causes: Sequence[Cause]

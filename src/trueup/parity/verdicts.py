@@ -169,6 +169,12 @@ def _left(report: SettingReport) -> float:
     return rms if isinstance(rms, float) else math.inf
 
 
+def _unexplained(report: SettingReport) -> float:
+    """Rms in nats for which no cause was found; 0 if there is none."""
+    rms = (report.unexplained or {}).get("rms")
+    return rms if isinstance(rms, float) else 0.0
+
+
 def _without(report: SettingReport, ids: frozenset[str], scoring: SettingReport) -> SettingReport:
     """A setting without some causes; what they explained is as unexplained then as the engine's scores are."""
     kept = tuple(c for c in report.causes if c.id not in ids)
@@ -199,11 +205,23 @@ def settle(reports: Sequence[SettingReport], causes: Sequence[Cause], probes: Se
     for report in reports:
         sure = _left(report) <= FACTOR * noise
         kept = tuple(c for c in report.causes if c.confidence == "high" or sure)
-        left = report.unexplained["rms"] if report.unexplained is not None else 0.0
-        accounted = "I4" in found or (isinstance(left, float) and left <= FACTOR * noise)
+        accounted = "I4" in found or _unexplained(report) <= FACTOR * noise
         unexplained = None if accounted else report.unexplained
         settled.append(replace(report, causes=kept, unexplained=unexplained, ambiguous=()))
     return settled
+
+
+def beside_what_is_left(causes: Sequence[Cause], settled: Sequence[SettingReport]) -> list[Cause]:
+    """Say of noise that a probe saw that it is not the reason, where far more stays unexplained.
+
+    An engine that computes something else altogether may also amplify its own rounding.
+    """
+    left = max(map(_unexplained, settled), default=0.0)
+    text = f"; numbers are off by {left:.2g} nats for another reason, which is not known"
+    return [
+        replace(c, confidence="low", evidence=c.evidence + text) if left and c.id in ("I3", "I15") else c
+        for c in causes
+    ]
 
 
 def cached(
