@@ -1,11 +1,43 @@
-"""parity/compare.py: when one prediction is clearly better than another, follows the engine, or only its average."""
+"""parity/compare.py: what a prediction leaves, and whether it is better, follows the engine, drifts or would show."""
 
+import math
+
+import pytest
 import torch
+from tests.table_kit import drawn, evidence_of, logits_of, trace_rows
 
-from trueup.parity.compare import Residual, clearly_better
+from trueup.knobs import LimitsConfig
+from trueup.parity.compare import (
+    INFEASIBLE_NATS,
+    Residual,
+    clearly_better,
+    drifts,
+    log_likelihood,
+    loss,
+    residual,
+    separation,
+    tracks,
+    would_show,
+)
+from trueup.parity.evidence import EngineModel
+from trueup.parity.floor import Floor
+from trueup.policy.processing import Distribution
 
 ROWS, LENGTH = 12, 20
-ROW = torch.arange(ROWS * LENGTH) // LENGTH
+TOKENS = ROWS * LENGTH
+ROW = torch.arange(TOKENS) // LENGTH
+LOGITS = logits_of(TOKENS)
+TARGETS = drawn(LOGITS)
+RAW = EngineModel(dist=Distribution())
+
+
+def numbers(temperature=1.0):
+    """Logprobs of the drawn tokens at a temperature, [T]."""
+    return (LOGITS / temperature).log_softmax(1).gather(1, TARGETS[:, None])[:, 0]
+
+
+def evidence_with(logprobs_T):
+    return evidence_of(LOGITS, trace_rows(TARGETS, LENGTH, logprobs_T=logprobs_T))
 
 
 def left(sizes):
@@ -15,6 +47,39 @@ def left(sizes):
     return Residual(residual_T=r_T, usable_T=usable, edge_T=~usable, row_T=ROW)
 
 
+def of(values, edges=()):
+    """Residuals of single tokens, some of them ruled out by the prediction."""
+    r_T = torch.tensor(values, dtype=torch.float64)
+    edge_T = torch.isin(torch.arange(len(values)), torch.tensor(edges, dtype=torch.long))
+    return Residual(residual_T=r_T, usable_T=torch.isfinite(r_T) & ~edge_T, edge_T=edge_T, row_T=ROW[: len(values)])
+
+
+def test_what_is_left_is_prediction_minus_engine_and_says_what_can_be_compared():
+    logprobs_T = numbers()
+    logprobs_T[3], logprobs_T[4] = math.nan, -math.inf
+    found = residual(evidence_with(logprobs_T), EngineModel(dist=Distribution(top_k=3)))
+    outside_T = (LOGITS.argsort(1, descending=True)[:, :3] != TARGETS[:, None]).all(1)
+    assert 0 < int(outside_T.sum()) < TOKENS
+    compared_T = torch.ones(TOKENS, dtype=torch.bool)
+    compared_T[3] = compared_T[4] = False
+    assert torch.equal(found.edge_T, outside_T & compared_T) and torch.equal(found.usable_T, ~outside_T & compared_T)
+    kept_T = LOGITS.topk(3).values.logsumexp(1)
+    expected_T = LOGITS.logsumexp(1) - kept_T
+    torch.testing.assert_close(found.residual_T[found.usable_T], expected_T[found.usable_T])
+    assert torch.equal(found.row_T, ROW)
+
+
+def test_a_token_that_is_ruled_out_is_charged_beyond_the_share_of_edges():
+    found = of([0.1, -0.3, math.nan, 0.0], edges=[3])
+    assert found.edge_share == pytest.approx(1 / 3)
+    assert found.charged_T(0.4).nan_to_num(-1).tolist() == pytest.approx([0.1, 0.3, -1, 0.0])
+    assert found.charged_T(1 / 3).nan_to_num(-1).tolist() == pytest.approx([0.1, 0.3, -1, 0.0])
+    assert found.charged_T(0.3).nan_to_num(-1).tolist() == pytest.approx([0.1, 0.3, -1, INFEASIBLE_NATS])
+    assert loss(found, 0.4) == pytest.approx(0.4 / 3) and loss(found, 0.0) == pytest.approx((0.4 + INFEASIBLE_NATS) / 3)
+    nothing = of([math.nan, math.nan])
+    assert nothing.edge_share == 1.0 and loss(nothing, 1.0) == math.inf
+
+
 def test_better_on_average_is_not_clearly_better():
     """A prediction that wins in seven rows of twelve wins in most resamples, and not in 99 of 100."""
     some = left([0.1 if row < 7 else 0.3 for row in range(ROWS)])
@@ -22,3 +87,83 @@ def test_better_on_average_is_not_clearly_better():
     assert float(some.residual_T.abs().mean()) < float(other.residual_T.abs().mean())
     assert not clearly_better(some, other, 0.0) and not clearly_better(other, some, 0.0)
     assert clearly_better(left([0.1] * ROWS), left([0.11] * ROWS), 0.0)
+
+
+def test_only_tokens_that_both_can_compare_count():
+    worse, better = [0.2] * TOKENS, [0.1] * TOKENS
+    worse[:LENGTH] = [math.nan] * LENGTH
+    better[LENGTH : 2 * LENGTH] = [math.nan] * LENGTH
+    better[:LENGTH] = [9.0] * LENGTH
+    assert clearly_better(of(better), of(worse), 0.0)
+    assert not clearly_better(of([math.nan] * 4), of([0.1] * 4), 0.0)
+    assert clearly_better(of([0.1] * TOKENS), of([0.1] * TOKENS, edges=range(0, TOKENS, 2)), 0.0)
+    assert not clearly_better(of([0.1] * TOKENS), of([0.1] * TOKENS, edges=range(0, TOKENS, 2)), 0.5)
+
+
+def test_a_separation_is_the_rms_difference_of_what_both_can_compare():
+    assert separation(of([0.1, 0.5, math.nan, 7.0]), of([0.4, 0.1, 0.3, math.nan])) == pytest.approx(
+        math.sqrt((0.3**2 + 0.4**2) / 2)
+    )
+    assert separation(of([math.nan, 0.1]), of([0.1, math.nan])) == 0.0
+
+
+def test_the_likelihood_of_what_a_distribution_rules_out_is_not_a_number():
+    evidence = evidence_with(numbers())
+    assert log_likelihood(evidence, Distribution(temperature=0.7)) == pytest.approx(float(numbers(0.7).sum()))
+    assert math.isnan(log_likelihood(evidence, Distribution(top_k=1)))
+
+
+def test_a_prediction_follows_the_engine_or_only_its_average():
+    evidence = evidence_with(numbers(0.7))
+    assert tracks(evidence, residual(evidence, RAW))
+    noise_T = torch.randn(TOKENS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for scale, follows in ((0.2, True), (0.8, False)):
+        blurred = Residual(
+            residual_T=scale * noise_T, usable_T=torch.ones(TOKENS).bool(), edge_T=torch.zeros(TOKENS).bool(), row_T=ROW
+        )
+        assert tracks(evidence, blurred) == follows
+    flat = Residual(
+        residual_T=numbers(0.7).mean() - numbers(0.7), usable_T=torch.ones(TOKENS).bool(),
+        edge_T=torch.zeros(TOKENS).bool(), row_T=ROW,
+    )  # fmt: skip
+    assert not tracks(evidence, flat)
+    few = torch.zeros(TOKENS).bool()
+    few[:2] = True
+    two = Residual(residual_T=torch.zeros(TOKENS), usable_T=few, edge_T=~few & few, row_T=ROW)
+    assert not tracks(evidence, two), "two points lie on a line whatever they are"
+
+
+@pytest.mark.parametrize(("factor", "drifting"), [(1.9, False), (2.1, True)])
+@pytest.mark.parametrize("third", [0, 1, 2])
+def test_a_remainder_that_is_larger_in_one_third_of_completions_drifts(factor, drifting, third):
+    evidence = evidence_with(numbers())
+    part_T = torch.bucketize((torch.arange(TOKENS) % LENGTH).double(), torch.tensor([6.0, 13.0]).double())
+    size_T = torch.where(part_T == third, factor * 0.1, 0.1).double()
+    size_T[::2] *= -1
+    every = torch.ones(TOKENS, dtype=torch.bool)
+    assert drifts(evidence, Residual(residual_T=size_T, usable_T=every, edge_T=~every, row_T=ROW)) == drifting
+    some = every & ((part_T != 1) | (torch.arange(TOKENS) < 2 * LENGTH))
+    assert int((some & (part_T == 1)).sum()) < 16
+    assert not drifts(evidence, Residual(residual_T=size_T, usable_T=some, edge_T=~some, row_T=ROW)), "too few to say"
+
+
+def shows(*temperatures, rms=0.01):
+    floor = Floor(rms=rms, trainer_rms=rms, engine_rms=rms, basis="")
+    models = [EngineModel(dist=Distribution(temperature=t)) for t in temperatures]
+    return would_show(evidence_with(numbers()), RAW, models, floor, LimitsConfig())
+
+
+def test_a_cause_would_show_if_each_of_its_forms_is_beyond_a_limit_by_itself():
+    assert shows(0.7) and shows(0.7, 1.4) and not shows(0.7, 1.0001) and not shows(1.0001)
+    assert not shows(0.7, rms=10.0)
+
+
+def test_what_the_engine_reported_has_no_part_in_what_would_show():
+    floor = Floor(rms=0.01, trainer_rms=0.01, engine_rms=0.01, basis="")
+    off = evidence_with(numbers() + 3.0)
+    assert not would_show(off, RAW, [EngineModel(dist=Distribution(temperature=1.0001))], floor, LimitsConfig())
+    all_but_few = EngineModel(dist=Distribution(top_k=LOGITS.shape[1] - 4))
+    wide = Floor(rms=0.1, trainer_rms=0.1, engine_rms=0.1, basis="")
+    evidence = evidence_with(numbers())
+    assert bool(residual(evidence, all_but_few).edge_T.any()), "it rules a token out, which is not compared then"
+    assert not would_show(evidence, RAW, [all_but_few], wide, LimitsConfig())
