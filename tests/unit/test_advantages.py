@@ -48,6 +48,8 @@ def test_batch_normalised_by_advantages_and_by_rewards():
     close(adv.batch_normalised(REWARD, GROUP, spread_of="rewards", eps=0.0), [a / of_rewards for a in centred])
     with pytest.raises(NumericsError, match="spread_of"):
         adv.batch_normalised(REWARD, GROUP, spread_of="both")
+    pair = adv.batch_normalised(torch.tensor([0.0, 1.0]), torch.tensor([0, 0]), eps=0.0)
+    close(pair, [-1 / math.sqrt(2), 1 / math.sqrt(2)])
 
 
 def test_the_spread_of_a_batch_is_that_of_the_sequences_that_take_part():
@@ -65,6 +67,7 @@ def test_zero_variance_groups_are_dropped_whole():
 
 def test_overlong_completions_are_dropped():
     assert adv.not_overlong(["stop", "length", "stop"]).tolist() == [True, False, True]
+    assert adv.not_overlong([]).dtype == torch.bool
 
 
 def test_no_positive_resampling_at_exactly_nine_in_ten():

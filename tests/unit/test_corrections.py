@@ -111,6 +111,39 @@ def test_every_correction_acts_on_backend_and_staleness():
     assert set(CLIPPED_BY_OBJECTIVE[OldPolicy.BYPASS]) == set(Component)
 
 
+def test_bounds_that_are_not_given_are_those_of_the_sources():
+    row, r = torch.tensor([0, 1, 2]), torch.tensor([2.5, 0.5, 1.5], dtype=torch.float64).log()
+    close(cor.truncate_tokens(r).weight_T, [2.0, 0.5, 1.5])
+    close(cor.truncate_sequences(r, row).weight_T, [2.0, 0.5, 1.5])
+    close(cor.mask_sequences(r, row).weight_T, [0.0, 0.5, 1.5])
+    k3 = torch.tensor([0.0448, 0.0446, -0.0446], dtype=torch.float64)
+    assert 1e-3 < float(k3[0].expm1() - k3[0]) < 1.02e-3 and float(k3[1].expm1() - k3[1]) > 1e-3
+    assert cor.k3_rejection(k3, row).kept_T.tolist() == [False, False, True]
+    assert cor.k3_rejection(torch.full((3,), 0.04), row).kept_T.all(), "e^r - 1 - r, not e^r - 1 + r"
+
+
+def test_a_ratio_at_a_bound_is_inside():
+    row, r = torch.tensor([0, 1]), torch.tensor([math.log(0.5), math.log(2.0)], dtype=torch.float64)
+    assert cor.mask_tokens(r, lower=0.5, upper=2.0).kept_T.all()
+    assert cor.geometric_band(r, row, lower=0.5, upper=2.0).kept_T.all()
+    assert cor.veto(r, row, lower=0.5).kept_T.all()
+    k3 = r.expm1() - r
+    assert cor.k3_rejection(r, row, upper=float(k3[1])).kept_T.all()
+
+
+def test_what_either_of_two_corrections_truncates_is_truncated():
+    first, second = cor.truncate_tokens(R, upper=5.0), cor.truncate_tokens(R, upper=2.0)
+    assert first.then(second).truncated_T.tolist() == [True, False, False, False, False, True]
+    assert second.then(cor.no_correction(R)).truncated_T.tolist() == second.truncated_T.tolist()
+
+
+def test_weights_of_a_batch_that_is_dropped_whole_stay_zero():
+    none = cor.mask_tokens(torch.full((3,), 9.0))
+    assert not none.kept_T.any()
+    close(none.normalised().weight_T, [0.0] * 3)
+    close(none.normalised(torch.tensor([0, 0, 1])).weight_T, [0.0] * 3)
+
+
 def test_vcpo_scale():
     # Equal weights: 1. One of two sequences with all the weight: ESS 1/2.
     row = torch.tensor([0, 0, 1])
@@ -121,6 +154,8 @@ def test_vcpo_scale():
     assert cor.vcpo_scale(torch.zeros(3), row, on_policy_ess=0.55) == 1.0
     with pytest.raises(NumericsError, match="on_policy_ess"):
         cor.vcpo_scale(skewed, row, on_policy_ess=0.0)
+    with pytest.raises(NumericsError, match="on_policy_ess"):
+        cor.vcpo_scale(skewed, row, on_policy_ess=1.5)
 
 
 def test_bad_ratios_and_bounds_are_refused():
@@ -152,6 +187,8 @@ def test_interpolated_old_policy():
     # One step on, v = 4: (8 - 4) / (9 - 4); v = 6: 2 / 3; v = 8: 0.
     found = interpolated(now, mu, version, proximal_version=8, current_version=9)
     torch.testing.assert_close(found, torch.tensor([-1.8, -1 - 2 / 3, -1.0]))
+    far = interpolated(now - 2, mu, version, proximal_version=8, current_version=9)
+    torch.testing.assert_close(far, torch.tensor([-1 - 0.8 * 3, -1 - 2 / 3 * 3, -1.0]))
     assert not interpolated(now.requires_grad_(), mu, version, proximal_version=8, current_version=9).requires_grad
     with pytest.raises(NumericsError, match="out of order"):
         interpolated(now, mu, version, proximal_version=7, current_version=9)

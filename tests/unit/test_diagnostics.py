@@ -20,7 +20,8 @@ def test_levels_by_hand():
     assert torch.allclose(ratios.sequence_log_ratio(R, ROW), torch.tensor([0.3, -0.3], dtype=torch.float64))
     assert torch.allclose(ratios.geometric_log_ratio(R, ROW), torch.tensor([0.1, -0.15], dtype=torch.float64))
     version = torch.tensor([4, 4, 5, 5, 5])
-    assert ratios.segment_of(ROW, version).tolist() == [0, 0, 1, 2, 2]
+    segments = ratios.segment_of(ROW, version)
+    assert segments.tolist() == [0, 0, 1, 2, 2] and segments.dtype == torch.long
     expected = torch.tensor([-0.1, 0.4, -0.3], dtype=torch.float64)
     assert torch.allclose(ratios.segment_log_ratio(R, ROW, version), expected)
 
@@ -45,6 +46,9 @@ def test_values_by_hand():
     positive, negative = d.advantage_skew(r, torch.tensor([1.0, -3.0]))
     assert (positive, negative) == (pytest.approx(-1.0), pytest.approx(0.0))
     assert math.isnan(d.advantage_skew(r, torch.tensor([1.0, 1.0]))[1])
+    r = torch.tensor([2.0, 3.0, 4.0, 5.0, 0.5]).log()
+    positive, negative = d.advantage_skew(r, torch.tensor([0.0, 0.5, -2.0, 3.0, -1.0]))
+    assert positive == pytest.approx((-2 * 0.5 - 4 * 3) / 2) and negative == pytest.approx((3 * 2 - 0.5) / 2)
     assert d.lag_histogram(torch.tensor([3, 3, 5, 6]), 5) == {-1: 1, 0: 1, 2: 2}
 
 

@@ -57,6 +57,37 @@ def test_grpo_and_dr_grpo_are_ppo_and_dapo_clips_higher():
     for function in (obj.grpo, obj.dr_grpo):
         close(function(NEW, OLD, ADVANTAGE).loss_T, [-2.2, -1.4, -2.4, 0.8, 1.5, -0.5])
     close(obj.dapo(NEW, OLD, ADVANTAGE).loss_T, [-2.2, -1.4, -2.56, 0.8, 1.5, -0.5])
+    for function in (obj.ppo, obj.grpo, obj.dr_grpo, obj.dapo):
+        close(function(NEW, OLD, ADVANTAGE, low=0.1, high=0.4).loss_T, [-2.2, -1.4, -2.8, 0.9, 1.5, -0.5])
+
+
+def test_bounds_that_are_not_given_are_those_of_the_papers():
+    old = torch.zeros(4, dtype=torch.float64)
+    new = torch.tensor([5.5, 0.01, 1.00035, 1.00045], dtype=torch.float64).log()
+    for function in (obj.reinforce, obj.cispo):
+        found = function(new, old, -torch.ones(4, dtype=torch.float64))
+        close(found.loss_T, [5.0 * float(new[0]), *(new.exp() * new)[1:].tolist()])
+        assert found.clipped_T.tolist() == [True, False, False, False]
+        close(found.log_ratio_T, new)
+    row, up, down = torch.arange(4), torch.ones(4, dtype=torch.float64), -torch.ones(4, dtype=torch.float64)
+    assert obj.gspo(new, old, up, row).clipped_T.tolist() == [True, False, False, True]
+    low = torch.tensor([0.99965, 0.99975], dtype=torch.float64).log()
+    assert obj.gspo(low, old[:2], down[:2], row[:2]).clipped_T.tolist() == [True, False]
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 3])
+def test_values_for_other_tokens_are_refused(at):
+    given_T = [NEW, OLD, ADVANTAGE, ROW]
+    given_T[at] = given_T[at][:-1]
+    with pytest.raises(NumericsError, match="values for"):
+        obj.gspo(*given_T)
+    if at < 3:
+        for function in (obj.ppo, obj.cispo):
+            with pytest.raises(NumericsError, match="values for"):
+                function(*given_T[:3])
+    if at < 2:
+        with pytest.raises(NumericsError, match="values for"):
+            obj.kl_term(*given_T[:2])
 
 
 def test_gspo_by_hand():
@@ -144,6 +175,14 @@ def test_kl_terms_by_hand():
     close(obj.kl_term(NEW, reference, weight_T=RATIO)[:3], [0.0, 0.7 * (1 - log2), 1.5 * (-0.5 + log2)])
     with pytest.raises(NumericsError, match="k1, k2 or k3"):
         obj.kl_term(NEW, reference, estimator="k4")
+
+
+def test_losses_in_float32_are_aggregated_in_float32():
+    loss = torch.tensor([1.0, 3.0])
+    found = obj.aggregate(
+        loss, Aggregation.TOKEN, mask_T=loss > 0, row_T=torch.tensor([0, 1]), group_S=torch.tensor([0, 1])
+    )
+    assert found.dtype == torch.float32 and float(found) == 2.0
 
 
 def test_aggregation_by_hand():
