@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trueup.parity.evidence import Case, Evidence, Tokens
+from trueup.parity.evidence import Case, Evidence, Source, Tokens
 from trueup.parity.facts import Facts
 from trueup.policy.head import Head
 from trueup.policy.logprobs import token_scores_under
@@ -56,11 +56,16 @@ def evidence_of(
     head = Head(weight_VD=torch.eye(logits_TV.shape[1], dtype=torch.float64), matmul_dtype=torch.float64)
 
     def ask(source, dists, varentropy=False):
+        assert isinstance(source, Source)
         return token_scores_under(logits_TV, head, tokens.targets_T, dists=dists, varentropy=varentropy)
+
+    def mass(source, temperature, ids):
+        assert isinstance(source, Source)
+        return (logits_TV / temperature).softmax(1)[:, list(ids)].sum(1)
 
     return Evidence(
         case=Case(engine=EngineInfo(), sampling=sampling or SamplingParams(), trainer=trainer, omitted=omitted),
         tokens=tokens, ask=ask, spread=lambda source, dist: ask(source, [dist], varentropy=True)[0],
-        mass=lambda source, temperature, ids: (logits_TV / temperature).softmax(1)[:, list(ids)].sum(1),
+        mass=mass,
         expected=lambda: logits_TV.softmax(1).sum(0), facts=facts or Facts(vocab=logits_TV.shape[1]), whole=whole,
     )  # fmt: skip
