@@ -62,6 +62,15 @@ def test_what_is_off_in_the_rows_that_suggested_it_alone_is_no_bias():
     assert offered({7: 2.0}, off_in=range(ROWS - 1)) != [], "three quarters of the others are enough"
 
 
+def test_an_id_with_a_missing_number_is_not_constantly_off():
+    half, whole = pair({7: 2.0})
+    at = int((half.tokens.targets_T == 7).nonzero()[0, 0])
+    for value in (math.nan, math.inf, -math.inf):
+        half.tokens.engine_T[at] = value
+        assert bias_variants(half, PLAIN) == [], value
+    assert len(whole.tokens) == 2 * len(half.tokens)
+
+
 def test_an_id_that_is_expected_often_and_never_drawn_is_forbidden():
     assert ((3,), -math.inf) in offered({3: -math.inf})
     both = [ids for ids, bias in offered({3: -math.inf, 9: -math.inf}) if bias == -math.inf]
@@ -111,6 +120,8 @@ def test_the_least_visible_bias_is_the_smallest_on_the_rarest_id():
     ]
     drawn_all = smallest_bias(pair({}, eos_ids=(6,))[0], PLAIN)
     assert len(drawn_all) == 1, "an end that was drawn is not forbidden"
+    twice = evidence_of(LOGITS[:6], trace_rows(torch.tensor([1, 1, 2, 2, 2, 3]), 6))
+    assert [v.model.bias[0] for v in smallest_bias(twice, PLAIN)] == [(2,)], "twice is not often"
     once = evidence_of(LOGITS[:3], trace_rows(torch.tensor([1, 2, 3]), 3))
     assert smallest_bias(once, PLAIN) == [], "nothing occurs often enough to be noticed"
 

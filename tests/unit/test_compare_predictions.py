@@ -91,9 +91,9 @@ def test_better_on_average_is_not_clearly_better():
 
 def test_only_tokens_that_both_can_compare_count():
     worse, better = [0.2] * TOKENS, [0.1] * TOKENS
-    worse[:LENGTH] = [math.nan] * LENGTH
-    better[LENGTH : 2 * LENGTH] = [math.nan] * LENGTH
-    better[:LENGTH] = [9.0] * LENGTH
+    worse[::LENGTH] = [math.nan] * ROWS
+    better[1::LENGTH] = [math.nan] * ROWS
+    better[::LENGTH] = [9.0] * ROWS
     assert clearly_better(of(better), of(worse), 0.0)
     assert not clearly_better(of([math.nan] * 4), of([0.1] * 4), 0.0)
     assert clearly_better(of([0.1] * TOKENS), of([0.1] * TOKENS, edges=range(0, TOKENS, 2)), 0.0)

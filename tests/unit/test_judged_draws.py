@@ -85,6 +85,9 @@ def test_colder_and_hotter_draws_are_named_by_their_temperature(temperature, sig
     assert draws.verdict == "mismatch" and f"{words} surprising" in draws.why and draws.surprise_z * sign > 4
     assert f"(z {draws.surprise_z:+.1f})" in draws.why
     assert origin.id == "S3" and f"T'={temperature:g} makes the tokens" in origin.evidence
+    assert "--generation-config vllm" in origin.fix and origin.title.startswith(
+        "tokens are drawn at another temperature"
+    )
     assert origin.confidence == "high" and origin.subject == "draws" and origin.layer == "semantic"
     likelier = float(
         ((LOGITS / temperature).log_softmax(1) - LOGITS.log_softmax(1))
@@ -98,7 +101,8 @@ def test_colder_and_hotter_draws_are_named_by_their_temperature(temperature, sig
 def test_a_filter_that_reaches_only_the_draws_is_named(omitted, cause):
     draws, origin = judged(drawn(LOGITS, top_k=2), omitted=omitted)
     assert draws.verdict == "mismatch" and origin.id == cause and "top_k=2 makes" in origin.evidence
-    assert ("no request set" in origin.title) == bool(omitted)
+    words = "through a filter that no request set" if omitted else "through another filter than the declared one"
+    assert origin.title.startswith("tokens are drawn") and words in origin.title and "every field" in origin.fix
 
 
 @pytest.mark.parametrize(("omitted", "cause"), [((), "S3"), (("temperature",), "S5")])
@@ -106,7 +110,8 @@ def test_greedy_draws_are_said_to_be_greedy(omitted, cause):
     draws, origin = judged(LOGITS.argmax(1), omitted=omitted)
     assert draws.verdict == "mismatch" and draws.top_tokens == draws.tokens == len(LOGITS)
     assert f"{len(LOGITS)} of {len(LOGITS)} tokens are the most likely one" in draws.why
-    assert origin.id == cause and "drawn greedily" in origin.title
+    assert origin.id == cause and "drawn greedily" in origin.title and "the request's temperature" in origin.fix
+    assert "the draws are greedy, though temperature=1 is declared" in origin.evidence and draws.why in origin.evidence
 
 
 def test_tokens_that_no_other_distribution_makes_likelier_stay_without_one():
@@ -116,6 +121,7 @@ def test_tokens_that_no_other_distribution_makes_likelier_stay_without_one():
     targets_T[::LENGTH] = logits_TV[::LENGTH].argmax(1)
     draws, origin = judged(targets_T, logits_TV)
     assert draws.verdict == "mismatch" and f"{ROWS} of {ROWS} first tokens are the most likely one" in draws.why
+    assert "not drawn from the distribution" in origin.title and "no correction of ratios helps" in origin.fix
     assert origin.id == "S13" and f"makes the {len(logits_TV)} tokens likelier" in origin.evidence
 
 
@@ -146,6 +152,16 @@ def test_at_temperature_0_each_token_has_to_be_the_most_likely_one():
     tie_TV = LOGITS.clone()
     tie_TV[3, targets_T[3]] = LOGITS[3].amax() - 0.009
     assert judged(targets_T, tie_TV, sampling=greedy)[0].verdict == "agree", "as likely as rounding can tell"
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.5])
+def test_draws_where_temperature_0_was_declared_are_named_by_their_temperature(temperature):
+    draws, origin = judged(drawn(LOGITS, temperature=temperature), sampling=SamplingParams(temperature=0.0))
+    assert draws.verdict == "mismatch" and origin.id == "S3"
+    assert f"T'={temperature:g} makes the tokens possible" in origin.evidence
+    targets_T = LOGITS.argmax(1)
+    targets_T[3] = LOGITS[3].argmin()
+    assert judged(targets_T, sampling=SamplingParams(temperature=0.0))[1].id == "S13", "one token is no temperature"
 
 
 def test_tokens_outside_the_declared_kept_set_are_no_draws_from_it():
@@ -212,7 +228,8 @@ def test_beginnings_that_chance_rules_out_were_drawn_with_one_seed():
     draws, origin = judged(targets_T, logits_TV, prompts=[3] * 4)
     assert draws.verdict == "mismatch" and draws.shared_seed and draws.copies == 1 and draws.tokens == 3 * LENGTH
     assert "begin alike, which chance rules out (1 are whole copies)" in draws.why
-    assert origin.id == "S13" and "same random numbers" in origin.title
+    assert origin.id == "S13" and "same random numbers" in origin.title and origin.evidence == draws.why
+    assert origin.fix.startswith("give each sample a seed of its own")
     draws, _ = judged(targets_T, logits_TV, prompts=[3, 4, 5, 6])
     assert not draws.shared_seed and draws.copies == 0, "the same answer to other prompts is no copy"
 
@@ -259,12 +276,13 @@ def test_draws_whatever_their_length_are_judged_among_the_ids_that_end_nothing(t
     logits_TV[11, end], logits_TV[12, end] = 9.0, logits_TV[12].amax() - 1e-3
     targets_T = drawn(logits_TV)
     targets_T[7] = end
-    dist = Distribution(top_p=0.99999) if truncates else Distribution()
+    dist = Distribution(top_k=5) if truncates else Distribution()
     evidence = evidence_of(logits_TV, trace_rows(targets_T, 400), facts=Facts(eos_ids=(end,), vocab=12))
     model = EngineModel(dist=dist)
     found, apart_T = _among_others(evidence, model, evidence.spread(TRAINER, dist))
     likely = 1e-3 if truncates else 0.1
-    end_T = logits_TV.softmax(1)[:, end]
+    kept_T = logits_TV.softmax(1).topk(5).values.sum(1) if truncates else 1.0
+    end_T = logits_TV.softmax(1)[:, end] / kept_T
     assert bool((end_T[apart_T] < likely).all()) and not apart_T[[7, 11, 12]].any()
     assert bool(apart_T[(end_T < 0.9 * likely) & (targets_T != end)].all()) and int(apart_T.sum()) > 3
     if not truncates:

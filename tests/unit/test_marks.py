@@ -47,11 +47,17 @@ def filled(values, *, facts=None):
         ({"top_k": 20}, COARSE, [{"top_k": 15}, {"top_k": 25}]),
         ({"top_k": 3}, COARSE, [{"top_k": 2}, {"top_k": 4}]),
         ({"top_k": 20}, FINE, [{"top_k": 19}, {"top_k": 21}]),
+        ({"top_k": 22}, COARSE, [{"top_k": 17}, {"top_k": 27}]),
+        ({"top_k": 2}, FINE, [{"top_k": 1}, {"top_k": 3}]),
         ({"top_k": 1}, FINE, [{"top_k": 2}]),
         ({"min_p": 0.1}, COARSE, [{"min_p": 0.05}, {"min_p": 0.15}]),
         ({"min_p": 0.8}, COARSE, [{"min_p": 0.4}, {"min_p": 1.0}]),
         ({"min_p": 0.1}, FINE, [{"min_p": 0.0999}, {"min_p": 0.1001}]),
         ({}, COARSE, []),
+        ({"top_k": 3, "min_p": 0.1}, FINE, [
+            {"top_k": 2, "min_p": 0.1}, {"top_k": 4, "min_p": 0.1}, {"top_k": 3, "min_p": 0.0999},
+            {"top_k": 3, "min_p": 0.1001},
+        ]),
         ({"top_p": 0.9, "top_k": 20}, FINE, [
             {"top_p": 0.8999, "top_k": 20}, {"top_p": 0.9001, "top_k": 20}, {"top_p": 0.9, "top_k": 19},
             {"top_p": 0.9, "top_k": 21},
@@ -110,7 +116,8 @@ def test_a_sentinel_is_known_at_its_first_occurrence():
     evidence, now, found = filled({13: -9999.0})
     assert found.counts == {-9999.0: 1} and found.at_T.nonzero()[:, 0].tolist() == [13] and found.certain
     cause = found.cause(evidence, now)
-    assert (cause.id, cause.side, cause.confidence) == ("S9", "log", "high")
+    assert (cause.id, cause.layer, cause.side, cause.confidence) == ("S9", "semantic", "log", "high")
+    assert cause.title.startswith("missing logprobs are filled") and cause.fix.startswith("fail or mask")
     assert "of 80 tokens 1 carry exactly -9999, which their probability rules out" in cause.evidence
     assert "(first line 2 token 3)" in cause.evidence and cause.explained == pytest.approx(1.0)
 
@@ -129,8 +136,27 @@ def test_a_zero_is_a_filler_where_the_token_was_not_certain():
     assert fillers(evidence, now, now.residual_T.abs() > 0.01) is None, "a coarse grid gives 0 to it as well"
 
 
+def test_a_zero_is_a_filler_by_less_than_other_numbers_are():
+    right_T = right_numbers()
+    token = int(torch.where(right_T < -0.2, right_T, -math.inf).argmax())
+    assert -0.9 < float(right_T[token]) < -0.2
+    evidence, now, found = filled({token: 0.0})
+    assert found.counts == {0.0: 1} and found.cause(evidence, now).explained == pytest.approx(1.0)
+
+
+def test_only_tokens_that_are_off_carry_a_filler():
+    logits_TV = LOGITS.clone()
+    logits_TV[9, TARGETS[9]] = 1e3
+    logprobs_T = right_numbers(logits_TV)
+    assert logprobs_T[9] == 0
+    token = int(logprobs_T.argmin())
+    logprobs_T[token] = 0.0
+    evidence, now = plain(logprobs_T, logits_TV=logits_TV)
+    assert fillers(evidence, now, now.residual_T.abs() > 0.01).at_T.nonzero()[:, 0].tolist() == [token]
+
+
 @pytest.mark.parametrize(
-    ("value", "copies", "found"), [(-3.25, 1, False), (-3.25, 2, True), (-3.0, 1, True), (5.5, 2, True)]
+    ("value", "copies", "found"), [(-3.3, 1, False), (-3.3, 2, True), (-3.0, 1, True), (5.5, 2, True)]
 )
 def test_a_filler_is_whole_or_repeats(value, copies, found):
     far = (right_numbers() - value).abs().argsort(descending=True)[:copies].tolist()
@@ -138,13 +164,16 @@ def test_a_filler_is_whole_or_repeats(value, copies, found):
     assert (fill is not None) == found
     if fill is not None:
         assert fill.counts == {value: copies} and fill.certain == (value > 0)
+        assert sorted(fill.at_T.nonzero()[:, 0].tolist()) == sorted(far)
 
 
 def test_numbers_near_their_own_are_on_a_grid_and_no_fillers():
     logprobs_T = right_numbers()
     token = int((logprobs_T - logprobs_T.round()).abs().argmax())
     assert abs(float(logprobs_T[token].round())) >= 1
-    assert filled({token: float(logprobs_T[token].round())})[2] is None
+    near = {token: float(logprobs_T[token].round())}
+    assert filled(near)[2] is None
+    assert filled(near | {1: -9999.0})[2].counts == {-9999.0: 1}, "whatever else is off"
 
 
 def test_several_values_are_told_with_their_counts_and_places():
@@ -162,6 +191,8 @@ def test_constants_at_last_tokens_alone_are_left_to_the_search():
     lasts = {row * LENGTH + LENGTH - 1: 0.0 for row in range(ROWS)}
     assert filled(lasts)[2] is None
     assert filled(lasts | {4: 0.0})[2] is not None
+    two = dict(list(lasts.items())[:2])
+    assert filled(two)[2] is None
     one = min(lasts, key=lambda token: float(right_numbers()[token]))
     assert filled({one: -9999.0})[2] is not None, "one is no pattern"
 
@@ -186,8 +217,10 @@ def test_a_lower_limit_is_told_from_a_filler():
     count = int((right_numbers() < -2.51).sum())
     assert cause.id == "S14" and cause.title == "logprobs are clamped at -2.5" and cause.explained == 1.0
     assert f"{count} of 80 tokens carry exactly -2.5, the lowest number" in cause.evidence and cause.side == "log"
+    assert (cause.layer, cause.confidence) == ("semantic", "high") and "without a lower limit" in cause.fix
+    assert cause.evidence.count(", line ") == 2, "the first three places"
     right_T = right_numbers()
-    likelier = int(right_T.argmax())
+    likelier = int(torch.where(right_T < -1.6, right_T, -math.inf).argmax())
     evidence, now, found = filled({t: -2.5 for t in [*found.at_T.nonzero()[:, 0].tolist(), likelier]})
     assert found.cause(evidence, now).id == "S9", "one of them is more likely than that"
     evidence, now, found = filled({int(right_T.argmin()): -2.0})
@@ -205,7 +238,7 @@ def test_marked_numbers_become_missing_and_nothing_else_changes():
     at_T = torch.zeros(len(TARGETS), dtype=torch.bool)
     at_T[[0, 12]] = True
     left = without(rows, evidence, at_T)
-    assert left[2:] == rows[2:], "rows without a mark are the same"
+    assert all(a is b for a, b in zip(left[2:], rows[2:], strict=True)), "rows without a mark are the same"
     for row, token in ((0, 0), (1, 2)):
         values, before = left[row].completion_logprobs, rows[row].completion_logprobs
         assert (
@@ -215,11 +248,12 @@ def test_marked_numbers_become_missing_and_nothing_else_changes():
 
 
 def test_residuals_that_cannot_be_compared_do_not_count_as_explained():
-    evidence, _, found = filled({13: -9999.0})
+    evidence, _, found = filled({int(right_numbers().argmin()): 0.0})
     now = residual(evidence, EngineModel(dist=Distribution()))
+    unusable = [t for t in range(40, 60) if not found.at_T[t]]
     usable_T = now.usable_T.clone()
-    usable_T[40] = False
+    usable_T[unusable] = False
     wild_T = now.residual_T.clone()
-    wild_T[40] = 1e6
+    wild_T[unusable] = 1e6
     cause = found.cause(evidence, Residual(residual_T=wild_T, usable_T=usable_T, edge_T=now.edge_T, row_T=now.row_T))
     assert cause.explained == pytest.approx(1.0, abs=1e-3)

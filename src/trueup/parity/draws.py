@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from trueup.knobs import LimitsConfig
-from trueup.parity.evidence import EngineModel, Evidence, Source
+from trueup.parity.evidence import Case, EngineModel, Evidence, Source
 from trueup.parity.floor import normal_quantile
 from trueup.parity.report import Cause
 from trueup.policy.logprobs import TokenScores
@@ -253,16 +253,17 @@ def origin_of(evidence: Evidence, draws: Draws, model: EngineModel) -> Cause:
     """Name where wrong draws come from: S3 another temperature, S5 a filter that nobody sent, else S13.
 
     Every other distribution is asked how likely it makes the tokens; the likeliest is named if it is at least
-    LIKELIER_NATS ahead of the declared one.
+    LIKELIER_NATS ahead of the declared one. Temperature 0 rules every token out that is not the most likely one.
     """
     case, tokens = evidence.case, evidence.tokens
+    greedy = case.sampling.temperature == 0
     if draws.shared_seed:
         return _cause(
             "S13", "completions of one prompt were drawn with the same random numbers",
             "give each sample a seed of its own (no fixed seed beside n > 1 or in every request), and log a row once",
             draws.why,
         )  # fmt: skip
-    if draws.tokens and draws.top_tokens >= NEARLY_ALL * draws.tokens and case.sampling.temperature > 0:
+    if draws.tokens and draws.top_tokens >= NEARLY_ALL * draws.tokens and not greedy:
         said = case.sampling.label()
         evidence_text = (
             f"{draws.why}; {draws.top_tokens} of {draws.tokens} are: the draws are greedy, though {said} is declared"
@@ -273,7 +274,9 @@ def origin_of(evidence: Evidence, draws: Draws, model: EngineModel) -> Cause:
         return _cause("S5" if left else "S3", title, fix, evidence_text)
     fresh_T = _independent(evidence, model, LimitsConfig())[0]
     declared = _likelihood(evidence, model.source, model.dist, fresh_T)
-    offered = _offered(model.dist, case.omitted)
+    if greedy:
+        declared = -IMPOSSIBLE_NATS * (draws.tokens - draws.top_tokens)
+    offered = _offered(model.dist, case)
     evidence.prefetch(model.source, [dist for _, _, dist in offered])
     ranked = [(_likelihood(evidence, model.source, dist, fresh_T), which, words) for which, words, dist in offered]
     likelihood, cause_id, words = max(ranked)
@@ -284,9 +287,8 @@ def origin_of(evidence: Evidence, draws: Draws, model: EngineModel) -> Cause:
             "correction of ratios helps, because the logprobs are right",
             f"{draws.why}; no other temperature, top-p, top-k or min-p makes the {len(tokens)} tokens likelier",
         )  # fmt: skip
-    text = (
-        f"{draws.why}; {words} makes the tokens {likelihood - declared:.0f} nats likelier than {case.sampling.label()}"
-    )
+    likelier = "possible" if greedy else f"{likelihood - declared:.0f} nats likelier than {case.sampling.label()}"
+    text = f"{draws.why}; {words} makes the tokens {likelier}"
     titles = {
         "S3": "tokens are drawn at another temperature than the declared one",
         "S5": "tokens are drawn through a filter that no request set",
@@ -303,11 +305,12 @@ def _cause(cause_id: str, title: str, fix: str, evidence: str) -> Cause:
     )  # fmt: skip
 
 
-def _offered(dist: Distribution, omitted: Sequence[str]) -> list[tuple[str, str, Distribution]]:
+def _offered(dist: Distribution, case: Case) -> list[tuple[str, str, Distribution]]:
     """(id, words, distribution) of what tokens may have been drawn from instead."""
-    found = [("S3", f"T'={t:g}", replace(dist, temperature=t)) for t in TEMPERATURES if t != dist.temperature]
+    temperatures = [t for t in TEMPERATURES if t != case.sampling.temperature]
+    found = [("S3", f"T'={t:g}", replace(dist, temperature=t)) for t in temperatures]
     for name, values in FILTERS.items():
-        cause_id = "S5" if name in omitted else "S13"
+        cause_id = "S5" if name in case.omitted else "S13"
         others = [v for v in values if v != getattr(dist, name)]
         found += [(cause_id, f"{name}={v:g}", replace(dist, **{name: v})) for v in others]  # type: ignore[arg-type]
     return found
