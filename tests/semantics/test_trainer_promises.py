@@ -164,6 +164,23 @@ def test_numbers_of_a_batch_are_those_of_its_first_epoch(tiny, groups):
         assert two[name] == pytest.approx(one[name], abs=1e-9), name
 
 
+@pytest.mark.parametrize("kind", ["truncate_tokens", "truncate_sequences"])
+def test_normalising_divides_by_the_mean_of_the_weights_that_the_gap_gives(tiny, groups, kind):
+    """Each completion is off by another amount, so that only the right gaps have the right mean."""
+    made = [shifted([g], 0.02 * (i + 1))[0] for i, g in enumerate(groups)]
+    plain, normalised = (
+        trainer_of(tiny, correction={"kind": kind, "normalise": flag}, optimizer={"lr": 0.0}).step(made).metrics
+        for flag in (False, True)
+    )
+    by_row = [(0.02 * (i + 1), len(r.token_ids)) for i, g in enumerate(groups) for r in g.rollouts]
+    if kind == "truncate_tokens":
+        mean = sum(math.exp(off) * length for off, length in by_row) / sum(length for _, length in by_row)
+    else:
+        mean = sum(min(2.0, math.exp(off * length)) for off, length in by_row) / len(by_row)
+    name = "grad/norm/mean"
+    assert normalised[name] == pytest.approx(plain[name] / mean, rel=1e-3) and mean > 1.03
+
+
 def test_an_interpolated_pi_prox_neither_corrects_nor_hides_a_gap(tiny, groups):
     """After the first step the guess of pi_prox is mu for fresh tokens: they say nothing of the gap."""
     made = shifted(groups, 0.5)

@@ -8,7 +8,7 @@ import torch
 from trueup.knobs import LimitsConfig
 from trueup.parity.against import shared_tokens
 from trueup.parity.evidence import Case, EngineModel, Evidence, Tokens, render, snap
-from trueup.parity.floor import Floor, NoiseShape, judge, predict
+from trueup.parity.floor import SHAPE_TOKENS, SMALLEST_ROW, Floor, NoiseShape, judge, predict, rows_beyond
 from trueup.parity.invariants import broken_invariants, positive_logprobs
 from trueup.parity.recipe import Recipe, lint
 from trueup.policy.logprobs import TokenScores
@@ -40,6 +40,75 @@ def test_the_floor_adds_both_sides_in_squares():
     assert predict(reference, reference, reference, row_T=ROW, basis="b", min_floor=1e-5).rms == 1e-5
     outside = torch.full_like(reference, -math.inf)
     assert math.isnan(predict(outside, engine, reference, row_T=ROW, basis="b", min_floor=1e-5).rms)
+
+
+def test_a_prediction_holds_the_noise_of_both_sides_its_bias_and_each_row():
+    reference, row = normal(1.0), ROW.clone()
+    trainer, engine = normal(0.03, 1) + 0.02, normal(0.04, 2)
+    trainer[ROW == 7], trainer[3] = math.nan, -math.inf
+    lines = [1 + r // 2 for r in range(50)]  # two turns of each conversation, of which one line has no numbers
+    trainer[ROW == 6] = math.nan
+    found = predict(
+        reference + trainer, reference + engine, reference, row_T=row, basis="b", min_floor=1e-5, lines=lines
+    )
+    usable = torch.isfinite(trainer)
+    difference, both = (trainer - engine)[usable], (trainer + engine)[usable]
+    assert (found.trainer_rms, found.engine_rms) == (
+        pytest.approx(float(trainer[usable].square().mean().sqrt())),
+        pytest.approx(float(engine[usable].square().mean().sqrt())),
+    )
+    assert found.rms == pytest.approx(math.hypot(found.trainer_rms, found.engine_rms)) and found.basis == "b"
+    assert found.bias == pytest.approx(float((difference + difference.square() / 2).mean()))
+    noise, rows = torch.cat([difference, both]), torch.cat([row[usable], row[usable] + 50])
+    expected = NoiseShape.of(noise, rows)
+    for name in ("tail_start", "tail_share", "tail_scale", "kurtosis", "row_spread"):
+        assert getattr(found.shape, name) == pytest.approx(getattr(expected, name)), name
+    assert sorted(found.rows) == [line for line in range(1, 26) if line != 4]
+    here = usable & ((ROW == 0) | (ROW == 1))
+    assert found.rows[1] == pytest.approx(float((trainer[here] ** 2 + engine[here] ** 2).mean().sqrt()))
+    assert found.of_rows([1, 4]).tolist()[0] == found.rows[1] and math.isnan(found.of_rows([4])[0])
+    assert found.of_rows([1]).dtype == torch.float64
+    small = Floor(rms=1.0, trainer_rms=1.0, engine_rms=1.0, basis="", rows={5: 0.1, 6: 0.9})
+    assert small.of_rows([5, 6]).tolist() == [SMALLEST_ROW, 0.9]
+    assert "rows" not in found.as_dict() and found.as_dict()["basis"] == "b"
+
+
+def test_of_equal_sides_a_second_engine_rounds_as_much_again():
+    reference, error = normal(1.0), normal(0.03, 1) + 0.01
+    found = predict(reference + error, reference + error, reference, row_T=ROW, basis="", min_floor=1e-5)
+    expected = NoiseShape.of(math.sqrt(2) * (reference + error - reference), ROW)
+    assert found.bias == 0 and found.shape == expected and found.rows == {}
+    nothing = predict(torch.full_like(error, math.nan), error, reference, row_T=ROW, basis="b", min_floor=1e-5)
+    assert nothing.basis == "b" and math.isnan(nothing.trainer_rms) and math.isnan(nothing.engine_rms)
+    lowest = predict(reference, reference, reference, row_T=ROW, basis="", min_floor=1e-5, lines=range(50))
+    assert lowest.rows == dict.fromkeys(range(50), 1e-5)
+
+
+def test_the_shape_of_noise_is_read_off_a_sample():
+    noise = normal(0.1) * torch.where(ROW % 2 == 0, 3.0, 1.0)
+    shape = NoiseShape.of(noise, ROW)
+    size = noise.abs() / noise.square().mean().sqrt()
+    ordered = size.sort(descending=True).values
+    assert shape.tail_share == 0.05 and shape.tail_start == pytest.approx(float(ordered[100]))
+    assert shape.tail_scale == pytest.approx(max(0.38, float((ordered[:100] - ordered[100]).mean())))
+    assert shape.kurtosis == pytest.approx(float(size.pow(4).mean()))
+    squares = torch.stack([size[row == ROW].square().mean() for row in range(50)])
+    assert shape.row_spread == pytest.approx(float(squares.log().std())) and shape.row_spread > 0.5
+    two = torch.arange(64) // 32
+    assert NoiseShape.of(noise[:64], two).row_spread > 0 == NoiseShape.of(noise[:64], 0 * two).row_spread
+    assert NoiseShape.of(noise[:SHAPE_TOKENS], ROW[:SHAPE_TOKENS]) != NoiseShape()
+    for few in (noise[: SHAPE_TOKENS - 1], noise[:0], torch.zeros(200)):
+        assert NoiseShape.of(few, ROW[: len(few)]) == NoiseShape()
+    assert NoiseShape.of(noise[:64], two).tail_share == 10 / 64, "at least so many tokens"
+
+
+def test_rows_that_are_off_by_themselves_are_listed():
+    r = normal(0.04)
+    r[ROW == 7], r[ROW == 9] = 0.3, math.nan
+    assert rows_beyond(r, ROW, floor(), LIMITS) == [7]
+    own = Floor(rms=0.05, trainer_rms=0.05, engine_rms=0.05, basis="", rows={107: 1.0})
+    assert rows_beyond(r, ROW, own, LIMITS, lines=[100 + i for i in range(50)]) == [], "its own prediction is wide"
+    assert rows_beyond(torch.full_like(r, math.nan), ROW, floor(), LIMITS) == []
 
 
 def test_noise_at_the_floor_passes_and_twice_the_floor_fails():
@@ -95,6 +164,20 @@ def test_a_row_is_held_against_its_own_prediction():
     r[ROW == 7] += 0.25
     verdict = judge(r, ROW, predicted, LIMITS, lines=lines)
     assert (verdict.far_rows, verdict.worst_row) == (1, 107) and "line 107" in verdict.reasons[0]
+
+
+def test_rows_that_were_not_predicted_are_held_against_all_of_them():
+    """A float64 reference is made of some rows only; the others are not half as noisy for that."""
+    row, lines = torch.arange(64 * 400) // 400, range(1, 65)
+    some = torch.isin(row, torch.arange(0, 64, 4))
+    for seed in range(20):
+        ours, theirs = normal(0.05, 3 * seed, n=len(row)), normal(0.05, 3 * seed + 1, n=len(row))
+        unknown = torch.where(some, 0.0, math.nan)
+        predicted = predict(
+            ours + unknown, theirs, torch.zeros(len(row)), row_T=row, lines=lines, basis="", min_floor=1e-5
+        )
+        assert set(predicted.rows) == set(range(1, 65, 4))
+        assert judge(ours - theirs - 0.05**2, row, predicted, LIMITS, lines=lines).within, seed
 
 
 def test_an_offset_counts_by_what_a_completion_makes_of_it():

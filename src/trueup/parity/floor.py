@@ -120,7 +120,8 @@ class Floor:
     def of_rows(self, lines: Sequence[int]) -> Tensor:
         """The predicted rms of each row [S], at least half of the whole's; NaN for a row without a prediction."""
         smallest = SMALLEST_ROW * self.rms
-        return torch.tensor([max(smallest, self.rows.get(line, math.nan)) for line in lines], dtype=torch.float64)
+        own = [max(smallest, self.rows[line]) if line in self.rows else math.nan for line in lines]
+        return torch.tensor(own, dtype=torch.float64)
 
 
 def predict(
