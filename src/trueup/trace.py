@@ -29,6 +29,7 @@ MASKS = ("mask", "response_mask", "completion_mask", "loss_mask", "action_mask",
 MAX_LINE_BYTES = 16 * 2**20
 MAX_ROWS = 1_000_000
 MAX_TOKEN_ID = 2**31 - 1
+MAX_VERSION = 2**62
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,8 +52,9 @@ class EngineInfo:
 class TraceRow:
     """One completion as logged, unvalidated: arrays may disagree in length and hold NaN.
 
-    `completion_logprobs` are nats; an entry that was null is NaN. `line` counts from 1 in the file; the turns of one
-    conversation share it, and `prompt_token_ids` of a later turn hold the earlier ones.
+    `completion_logprobs` are nats; an entry that was null is NaN, and `null_logprobs` holds its position. `line` counts
+    from 1 in the file; the turns of one conversation share it, and `prompt_token_ids` of a later turn hold the earlier
+    ones.
     """
 
     line: int
@@ -67,6 +69,7 @@ class TraceRow:
     reward: float | None = None
     model_digest: str | None = None
     finish_reason: str | None = None
+    null_logprobs: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,6 +143,10 @@ def _numbers(record: Mapping[str, object], name: str, problems: list[str]) -> tu
     return numbers
 
 
+def _nulls(values: Any) -> tuple[int, ...]:
+    return tuple(t for t, value in enumerate(values) if value is None)
+
+
 def _text(record: Mapping[str, object], name: str) -> str | None:
     value = record.get(name)
     return None if value is None else str(value)[:200]
@@ -163,8 +170,8 @@ def _versions(record: Mapping[str, object], problems: list[str]) -> tuple[int, .
     values = record.get("weight_versions")
     if values is None:
         return None
-    if not isinstance(values, list) or not all(is_integer(v) for v in values):
-        problems.append("weight_versions is not a list of integers, ignored")
+    if not isinstance(values, list) or not all(is_integer(v) and abs(v) <= MAX_VERSION for v in values):
+        problems.append(f"weight_versions is not a list of integers up to {MAX_VERSION}, ignored")
         return None
     return tuple(values)
 
@@ -184,16 +191,16 @@ def _require_fields(record: Mapping[str, object]) -> None:
 
 
 def _mask(record: Mapping[str, object], count: int) -> tuple[bool, ...] | None:
-    """Which completion tokens the policy wrote; None without a mask."""
-    name = next((n for n in MASKS if record.get(n) is not None), None)
-    if name is None:
-        return None
-    values = record[name]
-    if not isinstance(values, list) or any(v not in (0, 1) for v in values):
-        raise _Unusable(f"{name} is not a list of 0 and 1")
-    if len(values) != count:
-        raise _Unusable(f"{name} has {len(values)} entries for {count} completion tokens")
-    return tuple(bool(v) for v in values)
+    """Which completion tokens the policy wrote: those that every mask of the record keeps; None without a mask."""
+    kept: list[bool] | None = None
+    for name in (n for n in MASKS if record.get(n) is not None):
+        values = record[name]
+        if not isinstance(values, list) or any(v not in (0, 1) for v in values):
+            raise _Unusable(f"{name} is not a list of 0 and 1")
+        if len(values) != count:
+            raise _Unusable(f"{name} has {len(values)} entries for {count} completion tokens")
+        kept = [bool(v) and (kept is None or kept[t]) for t, v in enumerate(values)]
+    return None if kept is None else tuple(kept)
 
 
 def _turns(row: TraceRow, mask: tuple[bool, ...] | None) -> tuple[TraceRow, ...]:
@@ -217,6 +224,7 @@ def _turns(row: TraceRow, mask: tuple[bool, ...] | None) -> tuple[TraceRow, ...]
                 trainer_logprobs=part(row.trainer_logprobs),
                 weight_versions=part(row.weight_versions),
                 finish_reason=row.finish_reason if stop == len(mask) else None,
+                null_logprobs=tuple(t - start for t in row.null_logprobs if start <= t < stop),
             )
         )
     return tuple(found)
@@ -253,6 +261,7 @@ def parse_row(record: object, line: int) -> tuple[tuple[TraceRow, ...], list[str
             reward=_number(reward) if reward is not None else None,
             model_digest=_text(record, "model_digest"),
             finish_reason=_text(record, "finish_reason"),
+            null_logprobs=_nulls(record["completion_logprobs"]),
         )
         mask = _mask(record, len(row.completion_token_ids))
         if mask is not None and len(row.completion_logprobs) != len(mask):

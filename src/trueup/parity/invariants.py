@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trueup.errors import RecordError
+from trueup.parity.sides import ENGINE, LOG
 from trueup.trace import TraceRow
 from trueup.types import LOGPROB_SLACK
 
@@ -25,8 +26,17 @@ class Broken:
     fix: str
     detail: str
     rows: int
+    side: str = LOG
 
 
+NULL = (
+    "logprobs are missing from the log (null)",
+    "log the number that belongs to each completion token; the first of prompt_logprobs is null and describes none",
+)
+NOT_FINITE = (
+    "engine reports logprobs that are not finite",
+    "find the NaN or infinity in the engine (weights after an update, overflow in fp16); do not fill it in",
+)
 INVARIANTS = ("T2", "I11")
 """Ids of the causes that are broken invariants."""
 
@@ -59,14 +69,17 @@ def _non_finite(rows: Sequence[TraceRow]) -> Broken | None:
         return None
     row, position = wrong[0]
     tokens = sum(len(r.completion_logprobs) for r in rows)
+    null = all(i in r.null_logprobs for r, i in wrong)
+    title, fix = NULL if null else NOT_FINITE
     return Broken(
         id="I11",
         layer="inference",
-        title="engine reports logprobs that are not finite",
-        fix="find the NaN or infinity in the engine (weights after an update, overflow in fp16); do not fill it in",
+        title=title,
+        fix=fix,
         detail=f"{len(wrong)} of {tokens} tokens; first at line {row.line}, token {position}: "
-        f"{row.completion_logprobs[position]}",
+        f"{'null' if null else row.completion_logprobs[position]}",
         rows=len({r.line for r, _ in wrong}),
+        side=LOG if null else ENGINE,
     )
 
 

@@ -19,13 +19,14 @@ from trueup.parity.floor import Floor, Judgement, judge, predict, rows_beyond
 from trueup.parity.grouping import Setting, halves
 from trueup.parity.hypotheses import all_hypotheses
 from trueup.parity.hypotheses.versions import versions_apart
-from trueup.parity.invariants import INVARIANTS, broken_invariants, positive_logprobs, well_formed
+from trueup.parity.invariants import INVARIANTS, positive_logprobs, well_formed
 from trueup.parity.logged_trainer import describe, rows_with_trainer
 from trueup.parity.marks import at_edge, fillers, without
 from trueup.parity.replicas import divide
 from trueup.parity.report import NOT_TRIED, TRIED, Cause, SettingReport
 from trueup.parity.scorer import Scorer
 from trueup.parity.write_up import (
+    broken_causes,
     causes_of,
     edges_of,
     empty_report,
@@ -155,12 +156,7 @@ class SettingJudge:
         `given` is what another setting has shown of the engine's weights and arithmetic; causes in `excluded` were
         shown not to be there.
         """
-        broken = [
-            Cause(
-                id=b.id, layer=b.layer, title=b.title, confidence="high", explained=None, fix=b.fix, evidence=b.detail
-            )
-            for b in broken_invariants(setting.rows)
-        ]
+        broken = broken_causes(setting.rows, setting.case)
         rows = usable_rows(setting)
         if not rows:
             verdict_now = "mismatch" if broken else "inconclusive"

@@ -47,6 +47,14 @@ WORDING: dict[str, tuple[str, str]] = {
         "the trainer's logprobs are shifted against its tokens",
         "score token t with the logits of position t-1: logits[:, :-1] against ids[:, 1:], once",
     ),
+    "T2": (
+        "the trainer's logprobs are not one for each token of the completion",
+        "log one number a completion token: shift logits once, and neither pad nor drop the first or the last",
+    ),
+    "I11": (
+        "the trainer's logprobs are not finite",
+        "find the NaN or infinity in the trainer (overflow in 16 bits, a fully masked row, log of 0)",
+    ),
     **dict.fromkeys(("T3", "T4", "T5", "T9"), ANOTHER_PROMPT),
     **dict.fromkeys(("T10", "I8", "I9", "I12", "I14"), ANOTHER_MODEL),
     **dict.fromkeys(("W1", "W2", "W3", "W5", "W15"), OTHER_WEIGHTS),

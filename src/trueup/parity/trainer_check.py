@@ -28,11 +28,11 @@ SEMANTIC_ENGINE = frozenset({"S5", "S7", "S8", "S9", "S10", "S14", "T7", "W10", 
 
 
 def logged(rows: Sequence[TraceRow]) -> list[TraceRow]:
-    """Rows that carry a trainer's logprobs, with those in the engine's place."""
+    """Rows that carry a trainer's logprobs, with those in the engine's place; their number may be wrong."""
     return [
-        replace(r, completion_logprobs=r.trainer_logprobs, replica=None)
+        replace(r, completion_logprobs=r.trainer_logprobs, null_logprobs=(), replica=None)
         for r in rows
-        if r.trainer_logprobs is not None and len(r.trainer_logprobs) == len(r.completion_token_ids)
+        if r.trainer_logprobs is not None
     ]
 
 

@@ -12,6 +12,7 @@ from trueup.parity.evidence import Case, Evidence
 from trueup.parity.findings import Attribution
 from trueup.parity.floor import Judgement
 from trueup.parity.grouping import Setting
+from trueup.parity.invariants import broken_invariants
 from trueup.parity.report import Cause, Points, SettingReport
 from trueup.parity.sides import TRAINER, of_trainer
 from trueup.policy.diagnostics import diagnose
@@ -45,6 +46,18 @@ def causes_of(found: Attribution, case: Case, where: str = "") -> list[Cause]:
             explained=f.explained, fix=f.fix, evidence=where + f.detail, side=f.side,
         )
         for f in found.findings
+    ]  # fmt: skip
+    return [of_trainer(c, case.sampling) for c in causes] if case.side == TRAINER else causes
+
+
+def broken_causes(rows: Sequence[TraceRow], case: Case) -> list[Cause]:
+    """The invariants that rows break, as causes of the side whose numbers they are."""
+    causes = [
+        Cause(
+            id=b.id, layer=b.layer, title=b.title, confidence="high", explained=None, fix=b.fix, evidence=b.detail,
+            side=b.side,
+        )
+        for b in broken_invariants(rows)
     ]  # fmt: skip
     return [of_trainer(c, case.sampling) for c in causes] if case.side == TRAINER else causes
 
