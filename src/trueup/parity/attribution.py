@@ -174,14 +174,7 @@ class Attributor:
             return None
         self.seen.add(variant.model)
         value = loss(residual(evidence, variant.model), EDGE_ALLOWANCE)
-        edit = Edit(
-            hypothesis=hypothesis,
-            detail=variant.detail,
-            after=variant.model,
-            title=variant.title,
-            fix=variant.fix,
-            side=variant.side,
-        )
+        edit = Edit.of(hypothesis, variant)
         return Candidate(model=variant.model, path=(*start.path, edit), fit_loss=value)
 
     def _fit_loss(self, model: EngineModel) -> float:
@@ -229,10 +222,7 @@ class Attributor:
         if given.model.source.plain or not given.findings:
             return None
         model = replace(self.base, source=given.model.source)
-        edits = tuple(
-            Edit(hypothesis=f.hypothesis, detail=f.detail, after=model, title=f.title, fix=f.fix, side=f.side)
-            for f in given.findings
-        )
+        edits = tuple(Edit.again(f, model) for f in given.findings)
         carried = Candidate(model=model, path=edits, fit_loss=self._fit_loss(model))
         if self.held_judgement(model).within:
             return carried
@@ -295,7 +285,7 @@ class Attributor:
         that reports raw logprobs from one that also draws at T=1."""
 
         def drawn_from(c: Candidate) -> Distribution:
-            redrawn = any(e.hypothesis.redraws for e in c.path)
+            redrawn = any(e.redraws for e in c.path)
             return c.model.dist if redrawn else self.held.case.processed
 
         first, second = (log_likelihood(self.held, drawn_from(c)) for c in (candidate, other))
@@ -303,7 +293,7 @@ class Attributor:
 
     def _speaks_against(self, candidate: Candidate) -> bool:
         """Whether the drawn tokens rule out that they were drawn as a candidate says."""
-        if not any(e.hypothesis.redraws for e in candidate.path) or not candidate.model.source.plain:
+        if not any(e.redraws for e in candidate.path) or not candidate.model.source.plain:
             return False
         declared, redrawn = (
             log_likelihood(self.held, dist) for dist in (self.held.case.processed, candidate.model.dist)
@@ -393,6 +383,7 @@ class Attributor:
                     title=edit.title or edit.hypothesis.title,
                     fix=edit.fix or edit.hypothesis.fix,
                     side=edit.side or edit.hypothesis.side,
+                    redraws=edit.redraws,
                 )
             )
             before = after

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trueup.parity.evidence import EngineModel
-from trueup.parity.hypotheses import Hypothesis
+from trueup.parity.findings import Finding
+from trueup.parity.hypotheses import Hypothesis, Variant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,28 @@ class Edit:
     title: str = ""
     fix: str = ""
     side: str = ""
+    only_reported: bool = False
+
+    @classmethod
+    def of(cls, hypothesis: Hypothesis, variant: Variant) -> Edit:
+        """The edit that a variant of a hypothesis makes."""
+        return cls(
+            hypothesis=hypothesis, detail=variant.detail, after=variant.model, title=variant.title, fix=variant.fix,
+            side=variant.side, only_reported=variant.only_reported,
+        )  # fmt: skip
+
+    @classmethod
+    def again(cls, found: Finding, after: EngineModel) -> Edit:
+        """What another setting has found, in this one."""
+        return cls(
+            hypothesis=found.hypothesis, detail=found.detail, after=after, title=found.title, fix=found.fix,
+            side=found.side, only_reported=found.hypothesis.redraws and not found.redraws,
+        )  # fmt: skip
+
+    @property
+    def redraws(self) -> bool:
+        """Whether the tokens, too, are drawn from what is reported."""
+        return self.hypothesis.redraws and not self.only_reported
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@ from trueup.parity.hypotheses import Hypothesis
 class Finding:
     """A supported cause: `explained` is the share of mean |r| on held-back tokens that this edit takes away.
 
-    `title`, `fix` and `side` are those of the case of the cause that was found.
+    `title`, `fix` and `side` are those of the case of the cause that was found; `redraws`: it changes what tokens are
+    drawn from, too.
     """
 
     hypothesis: Hypothesis
@@ -23,6 +24,7 @@ class Finding:
     title: str
     fix: str
     side: str
+    redraws: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

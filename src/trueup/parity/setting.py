@@ -274,7 +274,7 @@ class SettingJudge:
         if found.model.bias is not None or found.model.allowed:
             return not_judged("the engine changes single logits"), None
         source = EXACT if found.model.source.plain else found.model.source
-        redrawn = any(f.hypothesis.redraws for f in found.findings)
+        redrawn = any(f.redraws for f in found.findings)
         model = EngineModel(dist=found.model.dist if redrawn else case.processed, source=source)
 
         def judged(by: EngineModel) -> Draws:

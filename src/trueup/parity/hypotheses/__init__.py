@@ -23,7 +23,7 @@ class Variant:
     """One edit of an engine model; `detail` says in words what this engine did, with the fitted value in it.
 
     `title`, `fix` and `side` stand for the hypothesis' own where a variant is another case of it, for instance the
-    other way round.
+    other way round. `only_reported`: tokens are drawn as declared, whatever the hypothesis says of the others.
     """
 
     model: EngineModel
@@ -31,6 +31,7 @@ class Variant:
     title: str = ""
     fix: str = ""
     side: str = ""
+    only_reported: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

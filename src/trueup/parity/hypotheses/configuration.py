@@ -19,18 +19,18 @@ SCALING_FACTORS = (2.0, 4.0, 8.0)
 USUAL_BASES = (10_000.0, 500_000.0, 1_000_000.0)
 ROPE_FLAGS = ("rope_scaling", "rope_parameters", "rope_theta")
 WORDS = {
-    "window_ignored": {
-        "title": "the engine's attention ignores the sliding window that the trainer's has",
-        "fix": "serve with the window (no --disable-sliding-window, a backend that knows windows), or train without it",
-    },
-    "window_resized": {
-        "title": "the engine's sliding window is not as wide as the trainer's",
-        "fix": "the same sliding_window on both sides: serve the trainer's config.json",
-    },
-    "rope_unscaled": {
-        "title": "the engine leaves out the rotary scaling that the trainer's configuration asks for",
-        "fix": "serve the trainer's config.json, or pass its rope_parameters (--hf-overrides), or train without",
-    },
+    "window_ignored": (
+        "the engine's attention ignores the sliding window that the trainer's has",
+        "serve with the window (no --disable-sliding-window, a backend that knows windows), or train without it",
+    ),
+    "window_resized": (
+        "the engine's sliding window is not as wide as the trainer's",
+        "the same sliding_window on both sides: serve the trainer's config.json",
+    ),
+    "rope_unscaled": (
+        "the engine leaves out the rotary scaling that the trainer's configuration asks for",
+        "serve the trainer's config.json, or pass its rope_parameters (--hf-overrides), or train without",
+    ),
 }
 """Titles and fixes of cases that differ from the usual one."""
 PADDED = tuple(2**k for k in range(11))
@@ -40,11 +40,11 @@ OCTAVE = 1.4
 
 def _altered(model: EngineModel, name: str, value: float) -> Variant:
     source = replace(EXACT, simulation=(name, value))
-    words = words_of(name, value)
-    return Variant(
-        model=replace(model, source=source), detail=f"the engine computes like a model with {words}",
-        **WORDS.get(name, {}),
-    )  # fmt: skip
+    variant = Variant(
+        model=replace(model, source=source), detail=f"the engine computes like a model with {words_of(name, value)}"
+    )
+    title, fix = WORDS.get(name, ("", ""))
+    return replace(variant, title=title, fix=fix)
 
 
 def _edited(model: EngineModel, head: HeadEdit, words: str) -> Variant:

@@ -3,6 +3,7 @@ grid, S14 a statistic of several tokens."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -29,6 +30,24 @@ def _mixed(evidence: Evidence, model: EngineModel) -> list[Variant]:
     return [
         Variant(model=replace(model, entry=name), detail=f"each number is the {name} of the completion's logprobs")
         for name in MIXED
+    ]
+
+
+BASES = {"2": 1 / math.log(2), "10": 1 / math.log(10)}
+
+
+def _other_numbers(evidence: Evidence, model: EngineModel) -> list[Variant]:
+    """Statistics of several tokens, or logarithms to another base."""
+    if model.factor != 1:
+        return _mixed(evidence, model)
+    return _mixed(evidence, model) + [
+        Variant(
+            model=replace(model, factor=factor),
+            detail=f"engine fits logarithms to base {base}",
+            title=f"logprobs are logarithms to base {base}, not natural ones",
+            fix="write natural logarithms (nats)",
+        )
+        for base, factor in BASES.items()
     ]
 
 
@@ -118,7 +137,7 @@ HYPOTHESES = (
         layer="semantic",
         title="the number reported is not the token's own logprob",
         fix="report each token's logprob by itself: no running sums or means, no limits",
-        variants=_mixed,
+        variants=_other_numbers,
     ),
     Hypothesis(
         id="S10",

@@ -77,16 +77,19 @@ def _wrong_temperature(evidence: Evidence, model: EngineModel) -> list[Variant]:
 
 
 def _divided(model: EngineModel, declared: float) -> list[Variant]:
-    """The raw logprob divided by T: what comes of tempering after the softmax. Nothing sums to 1 any more."""
+    """The raw logprob divided by T: what comes of tempering after the softmax; or the tempered one, once more. Nothing
+    sums to 1 any more."""
     if declared == 1 or model.factor != 1:
         return []
     return [
         Variant(
-            model=replace(model, dist=Distribution(), factor=1 / declared),
-            detail=f"engine fits the raw logprob divided by T={declared:g}, not renormalised",
-            title="logprobs are divided by the temperature, not logits",
+            model=replace(model, dist=dist, factor=1 / declared),
+            detail=f"engine fits the {kind} logprob divided by T={declared:g}, not renormalised",
+            title=f"logprobs are divided by the temperature, {instead}",
             fix="divide logits by T before log_softmax; a logprob divided by T is not one of any distribution",
+            only_reported=True,
         )
+        for kind, dist, instead in (("raw", Distribution(), "not logits"), ("tempered", model.dist, "logits as well"))
     ]
 
 
@@ -118,6 +121,8 @@ def _truncation_unseeable(evidence: Evidence) -> str | None:
 
 def _closer_temperature(evidence: Evidence, variant: Variant, step: float) -> list[Variant]:
     value, declared = variant.model.dist.temperature, evidence.case.processed.temperature
+    if variant.model.factor != 1:  # a logprob that was divided has no temperature to move
+        return []
     near = [t for sign in (-1, 1) if (t := round(value + sign * 0.04 * step, 4)) > 0 and t != declared]
     return [
         v
