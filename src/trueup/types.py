@@ -136,8 +136,34 @@ class SamplingParams:
 
 
 SAMPLING_FIELDS = tuple(f.name for f in fields(SamplingParams))
+OFF_AT_ONE = frozenset({"num_beams", "guidance_scale", "encoder_repetition_penalty", "typical_p"})
 SHAPING_FIELDS = frozenset(
     {
+        # Hugging Face's generate
+        "min_new_tokens",
+        "min_length",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "bad_words_ids",
+        "force_words_ids",
+        "sequence_bias",
+        "no_repeat_ngram_size",
+        "encoder_repetition_penalty",
+        "encoder_no_repeat_ngram_size",
+        "exponential_decay_length_penalty",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "penalty_alpha",
+        "guidance_scale",
+        "num_beams",
+        # SGLang
+        "json_schema",
+        "regex",
+        "ebnf",
+        "structural_tag",
+        "custom_logit_processor",
+        # vLLM and OpenAI
+        "grammar",
         "logit_bias",
         "min_tokens",
         "bad_words",
@@ -178,7 +204,8 @@ def parse_sampling(fields_given: Mapping[str, object]) -> tuple[SamplingParams, 
         if value is None:
             continue
         if name not in SAMPLING_FIELDS:
-            if name in SHAPING_FIELDS and value not in (0, 0.0, False, "", [], {}):
+            off = value in (0, 0.0, False, "", [], {}) or (name in OFF_AT_ONE and value == 1)
+            if name in SHAPING_FIELDS and not off:
                 unmodelled.append(name)
             continue
         if name == "top_k" and value == -1:
@@ -186,6 +213,8 @@ def parse_sampling(fields_given: Mapping[str, object]) -> tuple[SamplingParams, 
         if name == "stop":
             value = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
         known[name] = value
+    if fields_given.get("do_sample") is False:  # Hugging Face and SGLang: greedy, whatever the temperature says
+        known["temperature"] = 0.0
     try:
         return SamplingParams(**known), tuple(sorted(unmodelled))  # type: ignore[arg-type]
     except TypeError as error:

@@ -112,3 +112,116 @@ def test_logarithms_to_another_base_are_said_to_be_that(models, dtype, tmp_path,
     )
     report = checked(records, models[dtype], tmp_path)
     assert named(report) == [("S14", "high", "log")] and f"logarithms to base {base}" in report.causes[0].title
+
+
+def test_one_replica_among_good_ones_has_its_own_cause(models, tmp_path):
+    """What is wrong with it is found in its rows, applied to them alone, and too few tokens accuse nobody."""
+    model = models[torch.float32]
+    records = records_of(model)
+
+    def shifted(row, record):
+        record["replica"] = "a" if row < 12 else "b" if row < 19 else "c"
+        if record["replica"] == "b":
+            values = record["completion_logprobs"]
+            record["completion_logprobs"] = values[1:] + values[:1]
+        if record["replica"] == "c":
+            for name in ("completion_token_ids", "completion_logprobs"):
+                record[name] = record[name][:10]
+
+    report = checked(edited(records, shifted), model, tmp_path)
+    assert [c.id for c in report.causes] == ["W9", "T1"] and "b off, a within" in report.causes[0].evidence
+    assert report.settings[0].unexplained is None and report.settings[0].fixed["rms"] < 1e-3
+
+    def rounded(row, record):
+        record["replica"] = f"r{row % 4}"
+        if row % 4 == 1:
+            record["completion_logprobs"] = torch.tensor(record["completion_logprobs"]).bfloat16().tolist()
+
+    report = checked(edited(records, rounded), model, tmp_path)
+    assert [c.id for c in report.causes] == ["W9", "S10"] and "r1 off" in report.causes[0].evidence
+
+
+def test_replicas_that_are_all_alike_are_not_divided(models, tmp_path):
+    """0.14 nats of noise in each of eight: chance puts some of them just within the limits."""
+    model, noise = models[torch.bfloat16], np.random.default_rng(1)
+    records = records_of(model, rows=16, length=24, dtype=torch.bfloat16)
+
+    def noisy(row, record):
+        record["replica"] = f"r{row % 8}"
+        values = np.array(record["completion_logprobs"])
+        record["completion_logprobs"] = (values + 0.14 * noise.standard_normal(len(values))).tolist()
+
+    report = checked(edited(records, noisy), model, tmp_path)
+    assert report.verdict == "mismatch" and "W9" not in [c.id for c in report.causes]
+
+
+@pytest.mark.parametrize("value", [0.0, -100.0])
+def test_numbers_lost_at_the_last_tokens_are_not_appended_ends(models, tmp_path, value):
+    model = models[torch.float32]
+    records = edited(records_of(model), lambda _, r: r["completion_logprobs"].__setitem__(-1, value))
+    report = checked(records, model, tmp_path)
+    assert named(report) == [("S9", "high", "log")] and "T7" not in report.ruled_out
+
+
+def test_another_digest_names_other_weights_only_where_these_rows_are_off(models, tmp_path):
+    model, other = models[torch.float32], make_tiny_checkpoint(tmp_path / "other", seed=5)
+
+    def wild(row, record):
+        record["model_digest"] = "f" * 64
+        if row in (2, 7, 11):
+            record["completion_logprobs"][10 + row] -= 1.3
+
+    report = checked(edited(records_of(model), wild), model, tmp_path)
+    assert report.verdict == "mismatch" and not report.causes
+    foreign = edited(records_of(other, rows=8), lambda _, r: r.update(model_digest="e" * 64))
+    right = records_of(model, rows=12)
+    for records in (foreign + right, right + foreign):
+        report = checked(records, model, tmp_path)
+        assert [c.id for c in report.causes] == ["W16"] and "eeeeeeeeeeee" in report.causes[0].evidence
+
+
+def test_what_one_engine_showed_excludes_nothing_for_another(models, tmp_path):
+    model, noise = models[torch.float32], np.random.default_rng(0)
+
+    def padded(logits_V, done, generator, row):
+        logprobs_V = log_softmax(np.concatenate([logits_V, np.zeros(64)]))[: len(logits_V)]
+        token = drawn(logprobs_V, generator)
+        return token, logprobs_V[token]
+
+    def noisy(_, record):
+        values = np.array(record["completion_logprobs"])
+        record["completion_logprobs"] = (values + 0.2 * noise.standard_normal(len(values))).tolist()
+
+    first = edited(records_of(model), noisy)
+    second = edited(records_of(model, step=padded), lambda _, r: r["engine"].update(name="other"))
+    for records in (first + second, second + first):
+        report = checked(records, model, tmp_path)
+        assert [c.id for c in report.causes] == ["T10"] and report.causes[0].confidence == "high"
+
+
+@pytest.mark.parametrize("field", ["min_tokens", "min_new_tokens", "suppress_tokens", "regex", "no_repeat_ngram_size"])
+def test_a_field_that_changes_the_distribution_is_said_to_be_unknown(models, tmp_path, field):
+    """Hugging Face's, SGLang's and vLLM's: what an engine did as it was told is no mismatch."""
+    model = models[torch.float32]
+
+    def without_some(logits_V, done, generator, row):
+        logits_V = logits_V.copy()
+        logits_V[80:120] = -np.inf
+        logprobs_V = log_softmax(logits_V)
+        token = drawn(logprobs_V, generator)
+        return token, logprobs_V[token]
+
+    records = records_of(model, step=without_some)
+    report = checked(edited(records, lambda _, r: r["sampling"].update({field: 30})), model, tmp_path)
+    assert report.exit_code == 2 and f"{field} changes the distribution" in report.settings[0].why
+    report = checked(edited(records_of(model), lambda _, r: r["sampling"].update(num_beams=1)), model, tmp_path)
+    assert report.verdict == "agree"
+
+
+def test_without_do_sample_draws_are_greedy(models, tmp_path):
+    def greedy(logits_V, done, generator, row):
+        token = int(logits_V.argmax())
+        return token, log_softmax(logits_V)[token]
+
+    records = records_of(models[torch.float32], step=greedy, sampling={"temperature": 1.0, "do_sample": False})
+    assert checked(records, models[torch.float32], tmp_path).verdict == "agree"

@@ -186,15 +186,21 @@ def test_several_values_are_told_with_their_counts_and_places():
     assert cause.explained == pytest.approx(float(off[list(where)].sum() / off.sum()))
 
 
-def test_constants_at_last_tokens_alone_are_left_to_the_search():
+def test_constants_at_last_tokens_of_one_kind_are_left_to_the_search():
     """The engine put the token there itself, at the length limit or the end: T7."""
-    lasts = {row * LENGTH + LENGTH - 1: 0.0 for row in range(ROWS)}
-    assert filled(lasts)[2] is None
-    assert filled(lasts | {4: 0.0})[2] is not None
-    two = dict(list(lasts.items())[:2])
-    assert filled(two)[2] is None
-    one = min(lasts, key=lambda token: float(right_numbers()[token]))
-    assert filled({one: -9999.0})[2] is not None, "one is no pattern"
+    lasts = [row * LENGTH + LENGTH - 1 for row in range(ROWS)]
+    targets_T = TARGETS.clone()
+    targets_T[lasts] = 4
+
+    def found(tokens):
+        logprobs_T = right_numbers(targets_T=targets_T)
+        logprobs_T[tokens] = 0.0
+        evidence, now = plain(logprobs_T, targets_T=targets_T)
+        return fillers(evidence, now, now.residual_T.abs() > 0.01)
+
+    assert found(lasts) is None and found(lasts[:2]) is None
+    assert found([*lasts, 4]) is not None and found(lasts[:1]) is not None, "one is no pattern"
+    assert filled(dict.fromkeys(lasts, 0.0))[2] is not None, "tokens of many kinds were sampled"
 
 
 def test_constants_at_end_tokens_alone_are_a_trainers_padding():

@@ -16,6 +16,7 @@ from torch import Tensor
 from trueup.parity.compare import Residual
 from trueup.parity.evidence import TRAINER, Evidence, skipped
 from trueup.parity.floor import FLOAT32_NATS
+from trueup.parity.hypotheses.alignment import END_IDS
 from trueup.parity.report import Cause
 from trueup.policy.processing import Distribution
 from trueup.trace import TraceRow
@@ -139,7 +140,7 @@ def fillers(evidence: Evidence, now: Residual, suspects_T: Tensor) -> Fillers | 
     if not values:
         return None
     at_T = suspects_T & torch.isin(tokens.engine_T, torch.tensor(list(values), dtype=torch.float64))
-    only_last = bool((~at_T | skipped(tokens, "last")).all())
+    only_last = bool((~at_T | skipped(tokens, "last")).all()) and len(torch.unique(tokens.targets_T[at_T])) <= END_IDS
     ends = torch.isin(tokens.targets_T, torch.tensor(evidence.facts.eos_ids or (-1,)))
     if (only_last and int(at_T.sum()) > 1) or (evidence.facts.batch_rows and bool((~at_T | ends).all())):
         return None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from trueup.knobs import LimitsConfig
 from trueup.parity.compare import Residual
-from trueup.parity.floor import Floor, judge
+from trueup.parity.floor import Floor, Judgement, judge
 from trueup.parity.report import Cause
 from trueup.trace import TraceRow
 
@@ -33,19 +33,26 @@ class Divided:
 
 
 def divide(rows: Sequence[TraceRow], now: Residual, floor: Floor, limits: LimitsConfig) -> Divided | None:
-    """Judge each replica apart; None unless some are good and some are not."""
+    """Judge each replica apart; None unless some are good and some are not.
+
+    A replica with too few tokens is neither, and none is bad that is no farther off than a good one may be.
+    """
     names = [r.replica or "" for r in rows]
     if len(set(names)) < 2:
         return None
-    good: list[str] = []
-    bad: list[str] = []
-    rms: dict[str, float] = {}
     lines = [r.line for r in rows]
-    for name in dict.fromkeys(names):
+    share = limits.model_copy(update={"min_tokens": max(1, limits.min_tokens // 4)})
+
+    def judged(name: str, against: Floor) -> Judgement:
         own = torch.tensor([i for i, n in enumerate(names) if n == name])
         inside_T = torch.isin(now.row_T, own) & now.usable_T
-        share = limits.model_copy(update={"min_tokens": max(1, limits.min_tokens // 4)})
-        verdict = judge(now.residual_T.masked_fill(~inside_T, torch.nan), now.row_T, floor, share, lines=lines)
-        rms[name] = verdict.rms
-        (good if verdict.within else bad).append(name)
-    return Divided(good=tuple(good), bad=tuple(bad), rms=rms) if good and bad else None
+        return judge(now.residual_T.masked_fill(~inside_T, torch.nan), now.row_T, against, share, lines=lines)
+
+    verdicts = {name: verdict for name in dict.fromkeys(names) if (verdict := judged(name, floor)).enough}
+    good = tuple(name for name, verdict in verdicts.items() if verdict.within)
+    if not good:
+        return None
+    widest = replace(floor, rms=max(floor.rms, *(verdicts[name].rms for name in good)), rows={})
+    bad = tuple(name for name in verdicts if name not in good and not judged(name, widest).within)
+    rms = {name: verdict.rms for name, verdict in verdicts.items()}
+    return Divided(good=good, bad=bad, rms=rms) if bad else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -48,6 +49,10 @@ def advice(settings: Sequence[Setting]) -> tuple[dict[str, str], ...]:
     return tuple(found.values())
 
 
+FAR_FLOORS = 4.0
+"""A row of another checkpoint is off by at least so many floors."""
+
+
 def check_trace(
     check: CheckConfig, *, announce: Callable[[str], None] = silent, say: Callable[[str], None] = silent
 ) -> ParityReport:
@@ -91,12 +96,11 @@ def check_rows(bench: Workbench, trace: Trace) -> ParityReport:
         bench.notes.append(f"{mine.label}: your trainer's numbers are ours, within the floor")
     reports += [r for r in trainers if r.verdict != "agree"]
     causes = merge(reports)
-    declared = {s.case.declared_digest for s in settings} - {None, digest}
-    if declared and any(r.unexplained for r in reports):
-        causes = [wrong_weights(f"the trace declares weights {next(iter(declared))!s:.12}", digest), *causes]
-    elif declared:
+    if (other := of_other_weights(settings, reports, digest)) is not None:
+        causes = [wrong_weights(f"the trace declares weights {other:.12}", digest), *causes]
+    elif any(r.model_digest not in (None, digest) for s in settings for r in s.rows):
         bench.notes.append(
-            "the trace declares another weight digest than the checkpoint's, yet the numbers fit (re-saved?)"
+            "the trace declares another weight digest than the checkpoint's, yet most of the numbers fit (re-saved?)"
         )
     if any(r.sampling.get("temperature") == 0 for r in trace.rows):
         bench.notes.append(
@@ -121,19 +125,36 @@ def check_rows(bench: Workbench, trace: Trace) -> ParityReport:
 
 
 def judge_all(bench: Workbench, settings: Sequence[Setting]) -> list[SettingReport]:
-    """Judge settings of the same engine in turn: weights and arithmetic are looked for once and carried over."""
+    """Judge settings in turn: an engine's weights and arithmetic are looked for once and carried over to its others."""
     reports: list[SettingReport] = []
-    given: Attribution | None = None
-    excluded: frozenset[str] = frozenset()
+    given: dict[str, Attribution] = {}
+    excluded: dict[str, frozenset[str]] = {}
     for setting in settings:
-        judged = bench.judge(setting, given=given, excluded=excluded)
+        engine = repr(setting.case.engine)
+        judged = bench.judge(setting, given=given.get(engine), excluded=excluded.get(engine, frozenset()))
         reports.append(judged.report)
         if judged.found is not None and judged.report.verdict == "mismatch":
             if not judged.found.model.source.plain:
-                given = judged.found
+                given[engine] = judged.found
             elif judged.found.searched:
-                excluded |= ENGINE_WIDE
+                excluded[engine] = ENGINE_WIDE
     return reports
+
+
+def of_other_weights(settings: Sequence[Setting], reports: Sequence[SettingReport], digest: str) -> str | None:
+    """The digest of another checkpoint that rows declare, if most of these rows are off for no known reason."""
+    declared = {r.line: r.model_digest for s in settings for r in s.rows if r.model_digest not in (None, digest)}
+    off: dict[int, bool] = {}
+    for report in reports:
+        squares: dict[int, list[float]] = {}
+        for line, trainer, engine in zip(report.points.line, report.points.trainer, report.points.engine, strict=True):
+            if line in declared:
+                squares.setdefault(line, []).append((trainer - engine) ** 2)
+        floor = report.noise_floor.get("rms")
+        for line, values in squares.items():
+            far = isinstance(floor, float) and math.sqrt(sum(values) / len(values)) > FAR_FLOORS * floor
+            off[line] = off.get(line, False) or (far and report.unexplained is not None)
+    return declared[min(declared)] if sum(off.values()) > len(declared) / 2 else None
 
 
 def wrong_weights(evidence: str, digest: str) -> Cause:

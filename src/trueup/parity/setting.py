@@ -183,6 +183,9 @@ class SettingJudge:
         odd = [r for r in seen.rows if divided is None or r.replica in divided.bad]
         found = self._search(setting, seen, odd, floor_of, given=given, excluded=excluded)
         where, inside_T = "", None
+        if divided is not None:
+            odd_rows = [i for i, r in enumerate(seen.rows) if r.replica in divided.bad]
+            inside_T = torch.isin(seen.now.row_T, torch.tensor(odd_rows))
         if seen.mismatch and not (found.findings and found.judgement.within) and (some := self._odd_rows(seen)):
             other = self._search(setting, seen, [seen.rows[i] for i in some], floor_of, given=None, excluded=excluded)
             if other.findings and other.judgement.within:
@@ -249,6 +252,8 @@ class SettingJudge:
         scorer, whole = self.scorer, seen.evidence
         first, second = halves(odd)
         small = scorer.evidence(setting.case, screen(first, whole, seen.now))
+        if len(odd) < len(seen.rows):  # marks such as grids and constants are looked for among these rows
+            whole = scorer.evidence(setting.case, odd)
         fit = replace(scorer.evidence(setting.case, first), whole=whole, screen=replace(small, whole=whole))
         held = replace(scorer.evidence(setting.case, second), whole=whole) if len(seen.rows) > 1 else fit
         if not seen.mismatch:  # nothing to explain: what would have shown is tried on a part

@@ -42,10 +42,13 @@ def _shift(evidence: Evidence, model: EngineModel) -> list[Variant]:
 LAST_SHARE, LAST_ROWS = 0.1, 3
 """Of the rows, at least: only some end by themselves."""
 LAST_NATS = 0.3
+END_IDS = 2
+"""So many different tokens may be appended: an end token, and padding."""
 
 
 def _synthetic_end(evidence: Evidence, model: EngineModel) -> list[Variant]:
-    """Offered only where the last token is far off in some rows, and farther than the others are."""
+    """Offered only where the last token is far off in some rows, farther than the others are, and of one kind: what is
+    appended is an end token, and tokens of many kinds were sampled."""
     if model.skip is not None:
         return []
     whole = evidence.everything
@@ -55,6 +58,8 @@ def _synthetic_end(evidence: Evidence, model: EngineModel) -> list[Variant]:
     far_T = off_T[last_T] > max(usual, LAST_NATS)
     share = float(far_T.double().mean())
     if share < LAST_SHARE or int(far_T.sum()) < min(LAST_ROWS, int(last_T.sum())):
+        return []
+    if len(torch.unique(whole.tokens.targets_T[last_T][far_T])) > END_IDS:
         return []
     ids = torch.unique(whole.tokens.targets_T[last_T]).tolist()
     what = f"token {ids[0]}" if len(ids) == 1 else f"{len(ids)} different tokens"

@@ -11,6 +11,7 @@ import torch
 
 from trueup.parity.evidence import ENGINE, MIXED, EngineModel, Evidence, skipped, snap
 from trueup.parity.hypotheses import Hypothesis, Variant
+from trueup.parity.hypotheses.alignment import END_IDS
 
 GRIDS = ("1 decimals", "2 decimals", "3 decimals", "4 decimals", "5 decimals", "6 decimals", "bf16", "fp16")
 PLACEHOLDER_REPEATS = 3
@@ -63,7 +64,8 @@ def placeholders(evidence: Evidence) -> dict[float, int]:
     certain_T = (scores.kept_T == 1) | (scores.logprobs_T > -1e-3)
     impossible_T = (engine_T > 1e-3) | (engine_T < SENTINEL) | ((engine_T == 0.0) & ~certain_T)
     last_T = skipped(evidence.tokens, "last")
-    if bool((last_T | ~impossible_T).all()):  # an end token of its own, not a number that got lost: T7
+    kinds = len(torch.unique(evidence.tokens.targets_T[impossible_T]))
+    if kinds <= END_IDS and bool((last_T | ~impossible_T).all()):  # an end token of its own, no lost number: T7
         return {}
     counts = Counter(engine_T[impossible_T & torch.isfinite(engine_T)].tolist())
     return {value: count for value, count in counts.items() if count >= PLACEHOLDER_REPEATS}
