@@ -225,3 +225,32 @@ def test_without_do_sample_draws_are_greedy(models, tmp_path):
 
     records = records_of(models[torch.float32], step=greedy, sampling={"temperature": 1.0, "do_sample": False})
     assert checked(records, models[torch.float32], tmp_path).verdict == "agree"
+
+
+@pytest.mark.parametrize("sampling", [{"top_k": 1}, {"temperature": 0.05}, {"temperature": 0.1}])
+def test_clean_draws_in_16_bits_where_rounding_decides_are_no_fault(models, tmp_path, sampling):
+    """Equals at the cut of top-k, and flips that all copies of a prompt share."""
+    model = models[torch.bfloat16]
+    for seed in range(3):
+        prompts = torch.randint(3, 320, (8, 6), generator=torch.Generator().manual_seed(seed)).tolist()
+        step = filtered(**sampling) if "top_k" in sampling else None
+        records = records_of(
+            model, prompts=[p for p in prompts for _ in range(8)], length=12, dtype=torch.bfloat16, seed=seed,
+            step=step, sampling=EVERY | sampling,
+        )  # fmt: skip
+        report = checked(records, model, tmp_path)
+        assert report.verdict == "agree", (seed, report.settings[0].why, named(report))
+
+
+def test_one_replica_that_draws_greedily_with_right_numbers_is_named(models, tmp_path):
+    def step(logits_V, done, generator, row):
+        logprobs_V = log_softmax(logits_V)
+        token = int(logprobs_V.argmax()) if row in (3, 13) else drawn(logprobs_V, generator)
+        return token, logprobs_V[token]
+
+    model = models[torch.float32]
+    records = records_of(model, rows=40, length=48, step=step)
+    report = checked(edited(records, lambda i, r: r.update(replica="odd" if i in (3, 13) else "even")), model, tmp_path)
+    (cause,) = report.causes
+    assert cause.id == "S3" and "replica odd: 96 of 96 tokens" in cause.evidence
+    assert not {"S3", "S13"} & {*report.ruled_out, *report.not_seen}

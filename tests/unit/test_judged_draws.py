@@ -9,6 +9,7 @@ from scipy.stats import binom
 from tests.table_kit import drawn, evidence_of, logits_of, trace_rows
 
 from trueup.knobs import LimitsConfig
+from trueup.parity.draw_parts import Drawn, contexts
 from trueup.parity.draws import (
     EXACT_COUNT,
     IMPOSSIBLE_NATS,
@@ -123,6 +124,70 @@ def test_tokens_that_no_other_distribution_makes_likelier_stay_without_one():
     assert draws.verdict == "mismatch" and f"{ROWS} of {ROWS} first tokens are the most likely one" in draws.why
     assert "not drawn from the distribution" in origin.title and "no correction of ratios helps" in origin.fix
     assert origin.id == "S13" and f"makes the {len(logits_TV)} tokens likelier" in origin.evidence
+
+
+def replicas_of(count):
+    return [f"gpu{row % count}" for row in range(ROWS)]
+
+
+def named_replicas(targets_T, names):
+    rows = [replace(r, replica=name) for r, name in zip(trace_rows(targets_T, LENGTH), names, strict=True)]
+    evidence = evidence_of(LOGITS, rows)
+    draws = judge_draws(evidence, model_of(evidence), LIMITS, **CLOSE)
+    return draws, origin_of(evidence, draws, model_of(evidence)) if draws.verdict == "mismatch" else None
+
+
+def test_one_row_that_is_greedy_is_found_and_named_by_its_line():
+    targets_T, row_T = drawn(LOGITS), torch.arange(len(LOGITS)) // LENGTH
+    targets_T = torch.where(row_T == 7, LOGITS.argmax(1), targets_T)
+    draws, origin = judged(targets_T)
+    assert draws.verdict == "mismatch" and draws.where.startswith(f"line 8: {LENGTH} of {LENGTH} tokens are the most")
+    assert abs(draws.surprise_z) < 4 and origin.id == "S3" and origin.title == "some tokens are drawn greedily"
+    assert "line 8" in origin.evidence and "how the others are" in origin.fix
+
+
+def test_one_position_that_is_greedy_is_found():
+    targets_T, position_T = drawn(LOGITS), torch.arange(len(LOGITS)) % LENGTH
+    draws, origin = judged(torch.where(position_T == 3, LOGITS.argmax(1), targets_T))
+    assert draws.where.startswith(f"token 3 of the completions: {ROWS} of {ROWS}") and origin.id == "S3"
+
+
+def test_replicas_whose_faults_cancel_are_found_apart():
+    warm_T, cold_T = (drawn(LOGITS, temperature=t) for t in (1.25, 0.83))
+    row_T, names = torch.arange(len(LOGITS)) // LENGTH, replicas_of(2)
+    draws, origin = named_replicas(torch.where(row_T % 2 == 0, warm_T, cold_T), names)
+    assert draws.verdict == "mismatch" and "replica gpu" in draws.why and origin.id == "S13"
+    assert abs(draws.surprise_z) < 3 and "not drawn from the distribution" in origin.title
+    assert named_replicas(drawn(LOGITS), names)[0].verdict == "agree"
+
+
+def test_halves_of_completions_are_judged_apart():
+    later_T = torch.arange(len(LOGITS)) % LENGTH >= (LENGTH + 1) // 2
+    draws, _ = judged(torch.where(later_T, drawn(LOGITS, temperature=1.3), drawn(LOGITS, temperature=0.75)))
+    assert draws.verdict == "mismatch" and "halves of the completions" in draws.why
+
+
+def test_contexts_are_the_same_up_to_where_completions_part():
+    rows = trace_rows(torch.tensor([5, 6, 7, 5, 6, 8, 5, 9, 7, 5, 6, 7]), 3, prompts=[1, 1, 1, 2])
+    found = contexts(evidence_of(torch.zeros(12, 10), rows).tokens).view(4, 3).tolist()
+    assert found[0] == found[1] and found[2][:2] == found[0][:2] and found[2][2] != found[0][2]
+    assert not set(found[3]) & set(found[0]) and len({*found[0]}) == 3
+
+
+def test_rounding_brings_a_count_closer_to_its_expectation_and_not_beyond():
+    def counted(seen, noise_rms, same):
+        top_T = torch.arange(100) < seen
+        zeros_T = torch.zeros(100)
+        context_T = torch.zeros(100).long() if same else torch.arange(100)
+        half_T = torch.full((100,), 0.5, dtype=torch.float64)
+        return Drawn(
+            top_T=top_T, chance_T=half_T, offset_T=zeros_T, variance_T=zeros_T, context_T=context_T
+        ).counted(noise_rms)  # fmt: skip
+
+    assert counted(80, 0.0, False) == 80 and counted(20, 0.0, False) == 20
+    assert counted(80, 0.05, False) < 80 and counted(20, 0.05, False) > 20
+    assert counted(80, 0.05, True) < counted(80, 0.05, False), "what is rounded alike moves alike"
+    assert counted(80, 5.0, True) == 50 == counted(20, 5.0, True)
 
 
 def test_few_first_tokens_are_known_to_show_nothing():

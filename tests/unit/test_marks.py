@@ -104,7 +104,23 @@ def test_a_kept_token_that_is_far_off_is_excused_by_the_set_that_explains_its_nu
     """The engine kept two tokens where the trainer keeps one: the number is that of a set of two."""
     of_two = -math.log1p(math.exp(-0.5))
     assert top_two(0.5, token=0, reported=of_two)
-    assert top_two(0.5, token=0, reported=of_two + 0.09) and not top_two(0.5, token=0, reported=of_two - 0.11)
+    fine = {"noise_rms": FINE}
+    off = EDGE_FLOORS * COARSE
+    assert top_two(0.5, token=0, reported=of_two - off + 0.01) and not top_two(
+        0.5, token=0, reported=of_two - off - 0.01
+    )
+    assert top_two(0.5, token=0, reported=of_two + 0.09, **fine)
+    assert not top_two(0.5, token=0, reported=of_two - 0.11, **fine)
+
+
+def test_ties_at_the_cut_of_top_k_are_kept_by_one_side_only():
+    """Both keep the likeliest; the trainer its equals as well: up to log 2 for two of them."""
+    logits_TV = torch.tensor([[0.0, 0.0, -1.0], [0.0, -5.0, -9.0]], dtype=torch.float64)
+    for reported, excused in ((0.0, True), (-math.log(2) - math.log(2) - 0.2, False)):
+        rows = trace_rows(torch.tensor([0, 0]), 2, logprobs_T=torch.tensor([reported, 0.0], dtype=torch.float64))
+        evidence = evidence_of(logits_TV, rows, sampling=SamplingParams(top_k=1))
+        now = residual(evidence, EngineModel(dist=evidence.case.trainer_distribution))
+        assert at_edge(evidence, now, noise_rms=FINE, token_limit=0.1).tolist() == [excused, False]
 
 
 def test_without_a_kept_set_there_is_no_edge():

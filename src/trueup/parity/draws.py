@@ -4,7 +4,8 @@ An engine that takes the most likely token and reports that token's right logpro
 effective sample size of 1, and does not explore: the worst case for training, invisible in every gap.
 
 Four statistics are held against what the trainer's own distributions predict: the surprise of all tokens, how many of
-them are the most likely token, the same of first tokens alone, and beginnings that completions of one prompt share.
+them are the most likely token, the same of first tokens alone, and beginnings that completions of one prompt share. The
+first two are judged in parts of the tokens as well (draw_parts.py).
 
 Shapes: T completion tokens. Entropies are in nats, varentropies in nats squared.
 """
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from trueup.knobs import LimitsConfig
+from trueup.parity.draw_parts import Drawn, OddPart, contexts, odd_parts
 from trueup.parity.evidence import Case, EngineModel, Evidence, Source
 from trueup.parity.floor import normal_quantile
 from trueup.parity.report import Cause
@@ -36,7 +38,8 @@ LIKELIER_NATS = 7.0
 """Another distribution is named only if the tokens are a thousand times more likely under it."""
 IMPOSSIBLE_NATS = 25.0
 NEARLY_ALL = 0.97
-STATISTICS = 4
+STATISTICS = 8
+"""Four of all tokens, and those of parts in four divisions."""
 SKEW = 1.2
 """The surprise of a token is skewed: a sum of few dozen leaves the range of a normal one more often than it should."""
 SAME_NATS = 1e-6
@@ -61,7 +64,8 @@ class Draws:
     for draws that are colder than declared. `top_tokens` counts tokens that are the most likely ones, where
     `top_expected` were expected; `first_top` and `first_expected` do so for the first token of each completion.
     `copies` counts completions that repeat another one of the same prompt: they are left out of the rest.
-    `blind` says what these tokens could not have shown.
+    `blind` says what these tokens could not have shown. `where` names the part that is off if all together are not,
+    `part_tokens` and `part_top_tokens` count its tokens and its most likely ones.
     """
 
     verdict: str
@@ -76,6 +80,9 @@ class Draws:
     copies: int = 0
     shared_seed: bool = False
     blind: str = ""
+    where: str = ""
+    part_tokens: int = 0
+    part_top_tokens: int = 0
 
     def as_dict(self) -> dict[str, object]:
         """Return plain values for JSON."""
@@ -120,17 +127,26 @@ def judge_draws(
         return not_judged(f"{count} independent tokens are too few ({limits.min_tokens} needed)")
     rate = limits.false_alarm_rate / STATISTICS
     z = _surprise(scores, usable_T, slack=count * noise_rms**2)
-    top_T, first_T = top_T[usable_T], (tokens.position_T == 0)[usable_T]
-    chance_T = scores.top_logprobs_T.double().exp()[usable_T]
+    assert scores.varentropy_T is not None
+    drawn = Drawn(
+        top_T=top_T[usable_T], chance_T=scores.top_logprobs_T.double().exp()[usable_T].clamp(0, 1),
+        offset_T=(-scores.logprobs_T - scores.entropy_T).double()[usable_T],
+        variance_T=scores.varentropy_T.double()[usable_T], context_T=contexts(tokens)[usable_T],
+    )  # fmt: skip
+    top_T, chance_T, first_T = drawn.top_T, drawn.chance_T, (tokens.position_T == 0)[usable_T]
     reasons = []
     if abs(z) > SKEW * normal_quantile(rate / 2):
         reasons.append(f"the tokens are {'less' if z < 0 else 'more'} surprising than their distribution (z {z:+.1f})")
     for name, of_T in (("", torch.ones_like(first_T)), ("first ", first_T)):
         seen, expected = int(top_T[of_T].sum()), float(chance_T[of_T].sum())
-        if bool(of_T.any()) and top_count_chance(chance_T[of_T], seen) < rate:
+        if bool(of_T.any()) and top_count_chance(chance_T[of_T], drawn.at(of_T).counted(noise_rms)) < rate:
             reasons.append(
                 f"{seen} of {int(of_T.sum())} {name}tokens are the most likely one, where {expected:.0f} were expected"
             )
+    odd: list[OddPart] = []
+    if not reasons and not shared:
+        odd = odd_parts(drawn, tokens, usable_T, rate=rate, skew=SKEW, noise_rms=noise_rms, chance_of=top_count_chance)
+        reasons += [part.words for part in odd]
     if shared:
         reasons.append(f"completions of one prompt begin alike, which chance rules out ({copies} are whole copies)")
     return Draws(
@@ -140,6 +156,8 @@ def judge_draws(
         first_expected=float(chance_T[first_T].sum()), copies=copies, shared_seed=shared,
         blind=_blind(scores, usable_T, rate)
         or ("" if top_count_chance(chance_T[first_T], int(first_T.sum())) < rate else TOO_FEW_FIRST),
+        where=odd[0].words if odd else "", part_tokens=odd[0].tokens if odd else 0,
+        part_top_tokens=odd[0].top_tokens if odd else 0,
     )  # fmt: skip
 
 
@@ -261,6 +279,15 @@ def origin_of(evidence: Evidence, draws: Draws, model: EngineModel) -> Cause:
         return _cause(
             "S13", "completions of one prompt were drawn with the same random numbers",
             "give each sample a seed of its own (no fixed seed beside n > 1 or in every request), and log a row once",
+            draws.why,
+        )  # fmt: skip
+    if draws.where and not greedy:
+        cold = draws.part_top_tokens >= NEARLY_ALL * draws.part_tokens
+        return _cause(
+            "S3" if cold else "S13",
+            f"some tokens are {'drawn greedily' if cold else 'not drawn from the distribution that is declared'}",
+            "compare how these are sampled with how the others are: replicas and their versions, the first token, "
+            "speculative or batched paths",
             draws.why,
         )  # fmt: skip
     if draws.tokens and draws.top_tokens >= NEARLY_ALL * draws.tokens and not greedy:

@@ -147,7 +147,7 @@ BOUNDARY = 2
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
     """The tokens of one setting: ids, which row each belongs to, position in its completion, the engine's logprob, and
-    the weight version stamped on it (-1: none)."""
+    the weight version stamped on it (-1: none). Of each row: prompt, line, and replica ("": not named)."""
 
     targets_T: Tensor
     row_T: Tensor
@@ -156,6 +156,7 @@ class Tokens:
     version_T: Tensor
     prompts: tuple[Tensor, ...]
     lines: tuple[int, ...]
+    replicas: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, rows: Sequence[TraceRow]) -> Tokens:
@@ -169,6 +170,7 @@ class Tokens:
             version_T=torch.tensor([v for r in rows for v in _versions(r)], dtype=torch.long),
             prompts=tuple(torch.tensor(r.prompt_token_ids, dtype=torch.long) for r in rows),
             lines=tuple(r.line for r in rows),
+            replicas=tuple(r.replica or "" for r in rows),
         )
 
     def __len__(self) -> int:

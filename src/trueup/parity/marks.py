@@ -6,6 +6,7 @@ and a filler says what it is at its first occurrence.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -54,11 +55,23 @@ def neighbours(dist: Distribution, noise_rms: float) -> list[Distribution]:
     return found
 
 
+def tied_nats(evidence: Evidence, dist: Distribution) -> Tensor:
+    """By how much a logprob may be off because tokens tie at the cut of top-k, [T] nats; -inf where none do.
+
+    The trainer keeps all of them, an engine as many as top-k says.
+    """
+    kept_T = evidence.scores(TRAINER, dist).kept_T.double()
+    limit = dist.top_k or math.inf
+    return torch.where(kept_T > limit, (kept_T / limit).log(), -math.inf)
+
+
 def at_edge(evidence: Evidence, now: Residual, *, noise_rms: float, token_limit: float) -> Tensor:
     """True for tokens that rounding at the edge of the kept set explains, [T].
 
-    Of those far off: that a neighbouring kept set leaves within `token_limit` nats. Of those outside the kept set: that
-    a neighbouring one holds them, or that they lie within EDGE_FLOORS noise floors below the cut.
+    Of those far off: that a neighbouring kept set leaves within `token_limit` nats (in 16 bits within EDGE_FLOORS noise
+    floors, because a kept set of one token has no noise and its neighbour has), or that lie in a kept set which ties
+    make larger than top-k. Of those outside the kept set: that a neighbouring one holds them, or that they lie within
+    EDGE_FLOORS noise floors below the cut.
     """
     dist = evidence.case.trainer_distribution
     far_T = now.edge_T | (now.usable_T & (now.residual_T.abs() > token_limit))
@@ -68,11 +81,13 @@ def at_edge(evidence: Evidence, now: Residual, *, noise_rms: float, token_limit:
     below_T = evidence.scores(TRAINER, dist).below_cut_T
     if noise_rms > FLOAT32_NATS and below_T is not None:
         excused_T |= now.edge_T & (below_T <= EDGE_FLOORS * noise_rms)
+    excused_T |= far_T & now.usable_T & (now.residual_T.abs() <= tied_nats(evidence, dist) + token_limit)
+    near = max(token_limit, EDGE_FLOORS * noise_rms) if noise_rms > FLOAT32_NATS else token_limit
     around = neighbours(dist, noise_rms)
     evidence.prefetch(TRAINER, around)
     for other in around:
         logprobs_T = evidence.scores(TRAINER, other).logprobs_T.double()
-        near_T = (logprobs_T - evidence.tokens.engine_T).abs() <= token_limit
+        near_T = (logprobs_T - evidence.tokens.engine_T).abs() <= near
         excused_T |= far_T & torch.where(now.edge_T, torch.isfinite(logprobs_T), near_T)
     return excused_T
 

@@ -208,7 +208,9 @@ class SettingJudge:
 
         verdict = judged(torch.zeros_like(now.usable_T))
         noise_rms = floor.rms
-        if bool(now.edge_T.any()):  # logprobs within a kept set of one token have no noise, its edge has
+        if base.dist.truncates and (
+            bool(now.edge_T.any()) or verdict.far_tokens
+        ):  # logprobs within a kept set of one token have no noise, its edge has
             whole = replace(base, dist=replace(base.dist, top_p=1.0, top_k=0, min_p=0.0))
             noise_rms = max(noise_rms, floor_of(whole).rms)
         excused_T = at_edge(evidence, now, noise_rms=noise_rms, token_limit=verdict.token_limit)
@@ -328,6 +330,8 @@ class SettingJudge:
                 ruled_out = [i for i in ruled_out if i != "S3"]
             else:
                 ruled_out.append("S13")
+        elif draws.verdict == "mismatch":  # whatever their numbers say of how tokens were drawn
+            ruled_out = [i for i in ruled_out if i not in ("S3", "S5", "S13")]
         elif draws.verdict == "not judged" and setting.case.drawn:
             untested["S13"] = draws.why
         label = setting.case.label()
