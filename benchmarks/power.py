@@ -25,9 +25,11 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from trueup.knobs import CheckConfig, LimitsConfig  # noqa: E402
+from trueup.parity import draw_parts  # noqa: E402
 from trueup.parity.compare import residual  # noqa: E402
+from trueup.parity.draw_parts import odd_parts  # noqa: E402
 from trueup.parity.draws import SKEW, STATISTICS, top_count_chance  # noqa: E402
-from trueup.parity.evidence import ENGINE, EXACT, REFERENCE, TRAINER, EngineModel  # noqa: E402
+from trueup.parity.evidence import ENGINE, EXACT, REFERENCE, TRAINER, EngineModel, Tokens  # noqa: E402
 from trueup.parity.floor import Floor, judge, normal_quantile, predict  # noqa: E402
 from trueup.parity.grouping import group  # noqa: E402
 from trueup.parity.recipe import TRAINERS  # noqa: E402
@@ -39,6 +41,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TRACES = ("vllm-0.32.0-processed", "vllm-0.18.1-processed", "vllm-0.32.0-processed-fp32")
 SIZES = (256, 1024, 4096)
 TRIES, FOUND = 200, 0.95
+ROW_TOKENS, REPLICAS = 32, 4
+"""How draws are divided into rows and replicas, whose parts are judged as well."""
 DRAWN = 128
 """Draws that are made at each recorded context."""
 LADDER = tuple(1.25**n for n in range(-6, 22))
@@ -81,14 +85,30 @@ class Drawn:
     chance_T: Tensor
 
     def alarm(self, tokens: int, limits: LimitsConfig, generator: torch.Generator) -> bool:
-        """Whether one check of so many tokens finds the draws wrong, by surprise or by the count of likely tokens."""
+        """Whether one check of so many tokens finds the draws wrong: by surprise or by the count of likely tokens, of
+        all or of a part."""
         at_T = torch.randint(len(self.variance_T), (tokens,), generator=generator)
         pick_T = torch.randint(DRAWN, (tokens,), generator=generator)
         rate = limits.false_alarm_rate / STATISTICS
         z = float(self.surprise_TK[at_T, pick_T].sum() / self.variance_T[at_T].sum().sqrt())
         if abs(z) > SKEW * normal_quantile(rate / 2):
             return True
-        return top_count_chance(self.chance_T[at_T], int(self.top_TK[at_T, pick_T].sum())) < rate
+        if top_count_chance(self.chance_T[at_T], int(self.top_TK[at_T, pick_T].sum())) < rate:
+            return True
+        rows = range(-(-tokens // ROW_TOKENS))
+        index_T = torch.arange(tokens)
+        shape = Tokens(
+            targets_T=index_T, row_T=index_T // ROW_TOKENS, position_T=index_T % ROW_TOKENS, engine_T=index_T.double(),
+            version_T=index_T, prompts=(), lines=tuple(rows), replicas=tuple(f"{row % REPLICAS}" for row in rows),
+        )  # fmt: skip
+        drawn = draw_parts.Drawn(
+            top_T=self.top_TK[at_T, pick_T], chance_T=self.chance_T[at_T], offset_T=self.surprise_TK[at_T, pick_T],
+            variance_T=self.variance_T[at_T], context_T=index_T,
+        )  # fmt: skip
+        everywhere_T = torch.ones(tokens, dtype=torch.bool)
+        return bool(
+            odd_parts(drawn, shape, everywhere_T, rate=rate, skew=SKEW, noise_rms=0.0, chance_of=top_count_chance)
+        )
 
 
 def pools(model: Path, trace: Path) -> tuple[list[Pool], dict[str, Drawn]]:
@@ -154,7 +174,7 @@ def _top(logp_CV: Tensor, count: int) -> Tensor:
 def false_alarms(found: list[Pool], honest: Drawn, checks: int, limits: LimitsConfig) -> dict[str, float]:
     """Share of clean checks that each judgement calls off, over `checks` resamples of every size together."""
     chooser, generator = random.Random(0), torch.Generator().manual_seed(0)
-    counts = dict.fromkeys(("tokens together", "row", "token", "bias", "draws"), 0)
+    counts = dict.fromkeys(("tokens together", "row", "token", "bias", "first tokens", "draws"), 0)
     for _ in range(checks):
         tokens = chooser.choice(SIZES)
         gap_T, row_T, floor = chooser.choice(found).check(chooser, tokens)
@@ -163,6 +183,7 @@ def false_alarms(found: list[Pool], honest: Drawn, checks: int, limits: LimitsCo
         counts["row"] += verdict.far_rows > 0
         counts["token"] += verdict.max_abs > verdict.token_limit
         counts["bias"] += abs(verdict.bias) > verdict.bias_limit
+        counts["first tokens"] += verdict.first_rms > verdict.first_rms_limit
         counts["draws"] += honest.alarm(tokens, limits, generator)
     return {name: count / checks for name, count in counts.items()}
 

@@ -254,3 +254,38 @@ def test_one_replica_that_draws_greedily_with_right_numbers_is_named(models, tmp
     (cause,) = report.causes
     assert cause.id == "S3" and "replica odd: 96 of 96 tokens" in cause.evidence
     assert not {"S3", "S13"} & {*report.ruled_out, *report.not_seen}
+
+
+def test_one_replica_with_padded_rows_is_found_under_the_floor_of_all(models, tmp_path):
+    """8 nats off in each of its completions, 0.2 in the others': the rms of all is a third of the floor."""
+
+    def padded(logits_V, done, generator, row):
+        shifted_V = np.concatenate([logits_V, np.zeros(192)]) if row % 4 == 1 else logits_V
+        logprobs_V = log_softmax(shifted_V)[: len(logits_V)]
+        token = drawn(logprobs_V, generator)
+        return token, logprobs_V[token]
+
+    model = models[torch.bfloat16]
+    records = records_of(model, rows=24, length=200, dtype=torch.bfloat16, step=padded)
+    report = checked(edited(records, lambda i, r: r.update(replica=f"r{i % 4}")), model, tmp_path)
+    assert [c.id for c in report.causes] == ["W9", "T10"] and "r1 off, r0, r2, r3 within" in report.causes[0].evidence
+    assert "replica r1: bias" in report.settings[0].why
+
+
+def test_first_tokens_that_are_reported_otherwise_are_no_agreement(models, tmp_path):
+    """The path that computes prompts forgets the temperature: 32 tokens of 5,120, under the floor of a bf16 engine."""
+
+    def forgetful(logits_V, done, generator, row):
+        logprobs_V = log_softmax(logits_V / 0.7)
+        token = drawn(logprobs_V, generator)
+        return token, (logprobs_V if done else log_softmax(logits_V))[token]
+
+    model = models[torch.bfloat16]
+    sampling = EVERY | {"temperature": 0.7}
+    records = records_of(model, rows=32, length=160, dtype=torch.bfloat16, step=forgetful, sampling=sampling)
+    report = checked(records, model, tmp_path)
+    assert report.exit_code == 1 and "the 32 first tokens are off by rms" in report.settings[0].why
+    assert "S1" not in report.ruled_out
+    clean = records_of(model, rows=32, length=160, dtype=torch.bfloat16, sampling=sampling)
+    judgement = checked(clean, model, tmp_path).settings[0].judgement
+    assert judgement["first_rms"] < judgement["first_rms_limit"]

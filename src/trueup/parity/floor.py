@@ -101,8 +101,8 @@ def _poisson_mean(count: int, rate: float) -> float:
 class Floor:
     """A predicted floor in nats: rms of r from rounding on both sides, the share of each, and the shape of the noise.
 
-    `rows` holds the same rms by line, for the rows that it was predicted on. `bias` is mean(r) + mean(r^2)/2 of the
-    prediction. `basis` says how it was made.
+    `rows` holds the same rms by line, for the rows it was predicted on, `first_rms` that of the first tokens of rows.
+    `bias` is mean(r) + mean(r^2)/2 of the prediction. `basis` says how it was made.
     """
 
     rms: float
@@ -112,6 +112,7 @@ class Floor:
     bias: float = 0.0
     shape: NoiseShape = NoiseShape()
     rows: Mapping[int, float] = field(default_factory=dict)
+    first_rms: float = math.nan
 
     def as_dict(self) -> dict[str, object]:
         """Return plain numbers for JSON."""
@@ -137,6 +138,7 @@ def predict(
     usable = torch.isfinite(trainer) & torch.isfinite(engine) & torch.isfinite(reference)
     if not bool(usable.any()):
         return Floor(rms=math.nan, trainer_rms=math.nan, engine_rms=math.nan, basis=basis)
+    first = starts(row_T)[usable]
     row, trainer_error, engine_error = row_T[usable], *(x[usable] - reference[usable] for x in (trainer, engine))
     sides = [float(e.square().mean().sqrt()) for e in (trainer_error, engine_error)]
     if bool(torch.equal(trainer_error, engine_error)):  # one precision on both sides: a second engine rounds otherwise
@@ -159,7 +161,13 @@ def predict(
         bias=bias,
         shape=NoiseShape.of(noise, rows),
         rows={line: max(min_floor, rms) for line, rms in zip(found, both_S, strict=True)} if lines else {},
+        first_rms=float(torch.hypot(trainer_error, engine_error)[first].square().mean().sqrt()),
     )
+
+
+def starts(row_T: Tensor) -> Tensor:
+    """True for the first token of each row, [T]."""
+    return torch.cat([torch.tensor([True]), row_T[1:] != row_T[:-1]])[: len(row_T)]
 
 
 def cluster_bootstrap(statistic_S2: Tensor, *, seed: int = 0) -> Tensor:
@@ -197,7 +205,8 @@ def sum_per_row(values: Tensor, row: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """A gap judged as a whole, row by row and token by token, and its bias; `reasons` says what is beyond its limit.
+    """A gap judged as a whole, row by row and token by token, its bias, and the first tokens of rows by themselves,
+    which an engine computes otherwise than the rest; `reasons` says what is beyond its limit.
 
     Each `*_limit` is what a clean engine, whose rounding may be `rms_factor` times the predicted one, exceeds with
     probability `false_alarm_rate`. `rms` is of all tokens, `worst_row_rms` of the row (line `worst_row`) that comes
@@ -219,6 +228,8 @@ class Judgement:
     bias: float = math.nan
     bias_se: float = math.nan
     bias_limit: float = math.nan
+    first_rms: float = math.nan
+    first_rms_limit: float = math.nan
     reasons: tuple[str, ...] = ()
     enough: bool = False
 
@@ -258,7 +269,8 @@ def judge(r_T: Tensor, row_T: Tensor, floor: Floor, limits: LimitsConfig, *, lin
         reasons.append(f"rms {rms:.3g} nats is {rms / floor.rms:.1f} times the predicted floor {floor.rms:.3g}")
     values = {"tokens": tokens, "rms": rms, "rms_limit": rms_limit}
     for judged, reason in (
-        _judge_bias(r, row, floor, limits), _judge_rows(r, row, floor, limits, lines), _judge_tokens(r, floor, limits)
+        _judge_bias(r, row, floor, limits), _judge_rows(r, row, floor, limits, lines), _judge_tokens(r, floor, limits),
+        _judge_first(r[starts(row_T)[usable]], floor, limits),
     ):  # fmt: skip
         values |= judged
         reasons += [reason] if reason else []
@@ -322,6 +334,17 @@ def _row_limits(
     known = floor.shape.excess(sums_S2[:, 1], quantile) * own_S
     unknown = floor.shape.excess(sums_S2[:, 1], quantile, spread=floor.shape.row_spread) * floor.rms
     return found, rms_S, limits.rms_factor * torch.where(own_S.isnan(), unknown, known)
+
+
+def _judge_first(r: Tensor, floor: Floor, limits: LimitsConfig) -> tuple[dict[str, float], str | None]:
+    """The first tokens of rows together, against what is predicted for them."""
+    if len(r) < FEW_SEQUENCES or math.isnan(floor.first_rms):
+        return {}, None
+    rms, predicted = float(r.square().mean().sqrt()), max(floor.first_rms, SMALLEST_ROW * floor.rms)
+    quantile = normal_quantile(limits.false_alarm_rate)
+    limit = limits.rms_factor * predicted * float(floor.shape.excess(len(r), quantile))
+    reason = f"the {len(r)} first tokens are off by rms {rms:.3g} nats where {limit:.3g} would be rounding"
+    return {"first_rms": rms, "first_rms_limit": limit}, reason if rms > limit else None
 
 
 def _judge_tokens(r: Tensor, floor: Floor, limits: LimitsConfig) -> tuple[dict[str, float], str | None]:

@@ -21,6 +21,7 @@ class Divided:
     good: tuple[str, ...]
     bad: tuple[str, ...]
     rms: dict[str, float]
+    reasons: tuple[str, ...]
 
     def cause(self) -> Cause:
         """W9, with the numbers."""
@@ -41,7 +42,8 @@ def divide(rows: Sequence[TraceRow], now: Residual, floor: Floor, limits: Limits
     if len(set(names)) < 2:
         return None
     lines = [r.line for r in rows]
-    share = limits.model_copy(update={"min_tokens": max(1, limits.min_tokens // 4)})
+    rate = limits.false_alarm_rate / len(set(names))
+    share = limits.model_copy(update={"min_tokens": max(1, limits.min_tokens // 4), "false_alarm_rate": rate})
 
     def judged(name: str, against: Floor) -> Judgement:
         own = torch.tensor([i for i, n in enumerate(names) if n == name])
@@ -55,4 +57,5 @@ def divide(rows: Sequence[TraceRow], now: Residual, floor: Floor, limits: Limits
     widest = replace(floor, rms=max(floor.rms, *(verdicts[name].rms for name in good)), rows={})
     bad = tuple(name for name in verdicts if name not in good and not judged(name, widest).within)
     rms = {name: verdict.rms for name, verdict in verdicts.items()}
-    return Divided(good=good, bad=bad, rms=rms) if bad else None
+    reasons = tuple(f"replica {name}: {verdicts[name].reasons[0]}" for name in bad)
+    return Divided(good=good, bad=bad, rms=rms, reasons=reasons) if bad else None

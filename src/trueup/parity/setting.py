@@ -22,7 +22,7 @@ from trueup.parity.hypotheses.versions import versions_apart
 from trueup.parity.invariants import INVARIANTS, positive_logprobs, well_formed
 from trueup.parity.logged_trainer import describe, rows_with_trainer
 from trueup.parity.marks import at_edge, fillers, without
-from trueup.parity.replicas import divide
+from trueup.parity.replicas import Divided, divide
 from trueup.parity.report import NOT_TRIED, TRIED, Cause, SettingReport
 from trueup.parity.scorer import Scorer
 from trueup.parity.write_up import (
@@ -90,7 +90,8 @@ class Seen:
     """Rows next to the trainer's numbers: what is off, before anybody asks why.
 
     `outside` counts tokens outside any kept set that rounding allows, `positive` logprobs above 0; `edge_T` marks
-    tokens that are not scored because rounding at the edge of a kept set decides them.
+    tokens that are not scored because rounding at the edge of a kept set decides them. `divided`: some replicas are off
+    by themselves.
     """
 
     rows: tuple[TraceRow, ...]
@@ -103,6 +104,7 @@ class Seen:
     edge_T: Tensor
     positive: int
     enough: bool
+    divided: Divided | None
 
     @property
     def reasons(self) -> list[str]:
@@ -114,6 +116,8 @@ class Seen:
             )
         if self.positive:
             found.append(f"{self.positive} logprobs are above 0")
+        if self.divided is not None:
+            found += self.divided.reasons
         return found
 
     @property
@@ -177,7 +181,7 @@ class SettingJudge:
         if nothing_else:
             why = "every logprob is a filler: none was recorded"
             return Judged(report=empty_report(setting, "mismatch", why, tuple(broken)), found=None, note=note)
-        divided = divide(seen.rows, seen.now, seen.floor, self.limits) if seen.mismatch else None
+        divided = seen.divided
         if divided is not None:  # the good replicas have nothing to explain
             broken = [divided.cause(), *broken]
         odd = [r for r in seen.rows if divided is None or r.replica in divided.bad]
@@ -192,7 +196,7 @@ class SettingJudge:
                 found, where = other, in_rows(seen.rows, some)
                 inside_T = torch.isin(seen.now.row_T, torch.tensor(some))
         causes = [*broken, *causes_of(found, setting.case, where)] if seen.mismatch else broken
-        draws, drawn_wrong = self._draws(seen, found)
+        draws, drawn_wrong = self._draws(seen, found, inside_T)
         causes += [drawn_wrong] if drawn_wrong is not None else []
         return Judged(report=self._report(setting, seen, found, causes, draws, inside_T), found=found, note=note)
 
@@ -220,7 +224,9 @@ class SettingJudge:
             verdict = judged(excused_T)
         far_T = now.usable_T & ~excused_T & (now.residual_T.abs() > verdict.token_limit)
         outside = int((now.edge_T & ~excused_T).sum())
+        scored = replace(now, usable_T=now.usable_T & ~excused_T)
         return Seen(
+            divided=divide(rows, scored, floor, self.limits),
             rows=tuple(rows), evidence=replace(evidence, suspects_T=far_T), base=base, now=now, floor=floor,
             verdict=verdict, outside=outside, edge_T=now.edge_T | excused_T, positive=positive_logprobs(rows),
             enough=verdict.tokens + int(now.edge_T.sum()) >= self.limits.min_tokens,
@@ -271,22 +277,26 @@ class SettingJudge:
         far = rows_beyond(r_T, seen.now.row_T, seen.floor, self.limits, lines=seen.evidence.tokens.lines)
         return far if 1 < len(far) <= (1 - FITTING_ROWS) * len(seen.rows) else []
 
-    def _draws(self, seen: Seen, found: Attribution) -> tuple[Draws, Cause | None]:
-        """Judge the tokens as draws, from the distribution that explains their numbers."""
-        case = seen.evidence.case
+    def _draws(self, seen: Seen, found: Attribution, inside_T: Tensor | None) -> tuple[Draws, Cause | None]:
+        """Judge the tokens as draws, from the distribution that explains their numbers; where that is about some rows
+        only (`inside_T`), the others, as declared."""
+        case, evidence = seen.evidence.case, seen.evidence
         if not case.drawn:
             return not_judged("these tokens are judged as draws elsewhere"), None
         if case.unmodelled:
             return not_judged(f"{', '.join(case.unmodelled)} changes the distribution and is not modelled"), None
         if found.model.bias is not None or found.model.allowed:
             return not_judged("the engine changes single logits"), None
-        source = EXACT if found.model.source.plain else found.model.source
-        redrawn = any(f.redraws for f in found.findings)
+        source = EXACT if found.model.source.plain or inside_T is not None else found.model.source
+        redrawn = any(f.redraws for f in found.findings) and inside_T is None
+        if inside_T is not None:
+            odd = set(seen.now.row_T[inside_T].tolist())
+            evidence = self.scorer.evidence(case, [r for i, r in enumerate(seen.rows) if i not in odd])
         model = EngineModel(dist=found.model.dist if redrawn else case.processed, source=source)
 
         def judged(by: EngineModel) -> Draws:
             return judge_draws(
-                seen.evidence, by, self.limits, noise_rms=seen.floor.rms, token_limit=seen.verdict.token_limit
+                evidence, by, self.limits, noise_rms=seen.floor.rms, token_limit=seen.verdict.token_limit
             )
 
         draws = judged(model)
@@ -296,7 +306,7 @@ class SettingJudge:
         if seen.mismatch and not (found.findings and found.judgement.within):
             said = "fit the declared distribution" if draws.verdict == "agree" else "do not fit it either"
             return replace(draws, verdict="not judged", why=f"the numbers are unexplained; the draws {said}"), None
-        return draws, origin_of(seen.evidence, draws, model) if draws.verdict == "mismatch" else None
+        return draws, origin_of(evidence, draws, model) if draws.verdict == "mismatch" else None
 
     def _report(
         self, setting: Setting, seen: Seen, found: Attribution, causes: list[Cause], draws: Draws,
