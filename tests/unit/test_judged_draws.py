@@ -9,21 +9,19 @@ from scipy.stats import binom
 from tests.table_kit import drawn, evidence_of, logits_of, trace_rows
 
 from trueup.knobs import LimitsConfig
+from trueup.parity.draw_origins import IMPOSSIBLE_NATS, _likelihood, origin_of
 from trueup.parity.draw_parts import Drawn, contexts
 from trueup.parity.draws import (
     EXACT_COUNT,
-    IMPOSSIBLE_NATS,
     SKEW,
     STATISTICS,
     TOO_FEW_FIRST,
     _among_others,
     _blind,
-    _independent,
-    _likelihood,
     _surprise,
+    independent,
     is_top,
     judge_draws,
-    origin_of,
     shared_beginning,
     top_count_chance,
 )  # fmt: skip
@@ -48,8 +46,14 @@ def judged(targets_T, logits_TV=LOGITS, *, length=LENGTH, noise_rms=0.0, whateve
     """(draws, origin or None) of tokens against a table."""
     evidence = evidence_of(logits_TV, trace_rows(targets_T, length, prompts=prompts), **knobs)
     model = model_of(evidence)
-    draws = judge_draws(evidence, model, LIMITS, noise_rms=noise_rms, token_limit=0.01, whatever_length=whatever_length)
-    return draws, origin_of(evidence, draws, model) if draws.verdict == "mismatch" else None
+
+    def by(model):
+        return judge_draws(
+            evidence, model, LIMITS, noise_rms=noise_rms, token_limit=0.01, whatever_length=whatever_length
+        )  # fmt: skip
+
+    draws = by(model)
+    return draws, origin_of(evidence, draws, model, by) if draws.verdict == "mismatch" else None
 
 
 def test_honest_draws_agree_and_what_was_counted_is_what_is_there():
@@ -133,8 +137,12 @@ def replicas_of(count):
 def named_replicas(targets_T, names):
     rows = [replace(r, replica=name) for r, name in zip(trace_rows(targets_T, LENGTH), names, strict=True)]
     evidence = evidence_of(LOGITS, rows)
-    draws = judge_draws(evidence, model_of(evidence), LIMITS, **CLOSE)
-    return draws, origin_of(evidence, draws, model_of(evidence)) if draws.verdict == "mismatch" else None
+
+    def by(model):
+        return judge_draws(evidence, model, LIMITS, **CLOSE)
+
+    draws = by(model_of(evidence))
+    return draws, origin_of(evidence, draws, model_of(evidence), by) if draws.verdict == "mismatch" else None
 
 
 def test_one_row_that_is_greedy_is_found_and_named_by_its_line():
@@ -188,6 +196,13 @@ def test_rounding_brings_a_count_closer_to_its_expectation_and_not_beyond():
     assert counted(80, 0.05, False) < 80 and counted(20, 0.05, False) > 20
     assert counted(80, 0.05, True) < counted(80, 0.05, False), "what is rounded alike moves alike"
     assert counted(80, 5.0, True) == 50 == counted(20, 5.0, True)
+
+
+def test_tokens_that_are_greedy_at_random_are_no_other_temperature():
+    """T'=0.8 makes them likelier, and has as few of the most likely tokens as any temperature."""
+    greedy_T = torch.rand(len(LOGITS), generator=torch.Generator().manual_seed(4)) < 0.4
+    origin = judged(torch.where(greedy_T, LOGITS.argmax(1), drawn(LOGITS)))[1]
+    assert origin.id == "S13" and "makes them likelier, and they are no draws from that either" in origin.evidence
 
 
 def test_few_first_tokens_are_known_to_show_nothing():
@@ -278,7 +293,7 @@ def test_copies_that_chance_explains_are_draws_like_any_other():
     logits_TV[:, [4, 5, 6]] = 3.0
     rows = trace_rows(torch.tensor([4, 5] * 6 + [4, 6] * 2), 2, prompts=[1] * 8)
     evidence = evidence_of(logits_TV, rows)
-    fresh_T, copies, shared = _independent(evidence, model_of(evidence), LIMITS)
+    fresh_T, copies, shared = independent(evidence, model_of(evidence), LIMITS)
     assert copies == 6 and not shared and bool(fresh_T.all())
 
 
@@ -306,7 +321,7 @@ def test_the_limit_of_a_shared_beginning_counts_the_pairs():
             logprob = math.log(factor * rate / pairs)
             logits_TV = torch.tensor([[logprob, math.log1p(-math.exp(logprob))]] * completions, dtype=torch.float64)
             evidence = evidence_of(logits_TV, trace_rows(torch.zeros(completions).long(), 1, prompts=[1] * completions))
-            assert _independent(evidence, model_of(evidence), LIMITS)[2] == ruled_out, (pairs, factor)
+            assert independent(evidence, model_of(evidence), LIMITS)[2] == ruled_out, (pairs, factor)
 
 
 def test_copies_at_temperature_0_count_once():
@@ -314,7 +329,7 @@ def test_copies_at_temperature_0_count_once():
         LOGITS[:LENGTH].repeat(2, 1), trace_rows(LOGITS[:LENGTH].argmax(1).repeat(2), LENGTH, prompts=[1, 1]),
         sampling=SamplingParams(temperature=0.0),
     )  # fmt: skip
-    fresh_T, copies, shared = _independent(evidence, model_of(evidence), LIMITS)
+    fresh_T, copies, shared = independent(evidence, model_of(evidence), LIMITS)
     assert (int(fresh_T.sum()), copies, shared) == (LENGTH, 1, False)
 
 

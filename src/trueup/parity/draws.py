@@ -21,23 +21,10 @@ from torch import Tensor
 
 from trueup.knobs import LimitsConfig
 from trueup.parity.draw_parts import Drawn, OddPart, contexts, odd_parts
-from trueup.parity.evidence import Case, EngineModel, Evidence, Source
+from trueup.parity.evidence import EngineModel, Evidence
 from trueup.parity.floor import normal_quantile
-from trueup.parity.report import Cause
 from trueup.policy.logprobs import TokenScores
-from trueup.policy.processing import Distribution
 
-TEMPERATURES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.5, 1.75, 2.0)
-FILTERS: dict[str, tuple[float, ...]] = {
-    "top_p": (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0),
-    "top_k": (0, 1, 2, 5, 10, 20, 40, 50, 100),
-    "min_p": (0.0, 0.02, 0.05, 0.1, 0.2),
-}
-"""What draws are compared with to say where they may come from."""
-LIKELIER_NATS = 7.0
-"""Another distribution is named only if the tokens are a thousand times more likely under it."""
-IMPOSSIBLE_NATS = 25.0
-NEARLY_ALL = 0.97
 STATISTICS = 8
 """Four of all tokens, and those of parts in four divisions."""
 SKEW = 1.2
@@ -106,7 +93,7 @@ def judge_draws(
     other token is judged under the distribution without them.
     """
     tokens = evidence.tokens
-    fresh_T, copies, shared = _independent(evidence, model, limits)
+    fresh_T, copies, shared = independent(evidence, model, limits)
     scores = evidence.spread(model.source, model.dist)
     top_T = is_top(scores)
     if evidence.case.sampling.temperature == 0:
@@ -229,7 +216,7 @@ def top_count_chance(chance_T: Tensor, seen: int) -> float:
     return min(float(mass[seen:].sum()), float(mass[: seen + 1].sum()))
 
 
-def _independent(evidence: Evidence, model: EngineModel, limits: LimitsConfig) -> tuple[Tensor, int, bool]:
+def independent(evidence: Evidence, model: EngineModel, limits: LimitsConfig) -> tuple[Tensor, int, bool]:
     """(tokens that count as draws [T], copies, whether chance rules shared beginnings out).
 
     Copies do not count if chance rules them out, or at temperature 0. Otherwise a completion that repeats another one
@@ -265,85 +252,3 @@ def shared_beginning(first: Sequence[int], second: Sequence[int]) -> int:
     return next(
         (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
     )
-
-
-def origin_of(evidence: Evidence, draws: Draws, model: EngineModel) -> Cause:
-    """Name where wrong draws come from: S3 another temperature, S5 a filter that nobody sent, else S13.
-
-    Every other distribution is asked how likely it makes the tokens; the likeliest is named if it is at least
-    LIKELIER_NATS ahead of the declared one. Temperature 0 rules every token out that is not the most likely one.
-    """
-    case, tokens = evidence.case, evidence.tokens
-    greedy = case.sampling.temperature == 0
-    if draws.shared_seed:
-        return _cause(
-            "S13", "completions of one prompt were drawn with the same random numbers",
-            "give each sample a seed of its own (no fixed seed beside n > 1 or in every request), and log a row once",
-            draws.why,
-        )  # fmt: skip
-    if draws.where and not greedy:
-        cold = draws.part_top_tokens >= NEARLY_ALL * draws.part_tokens
-        return _cause(
-            "S3" if cold else "S13",
-            f"some tokens are {'drawn greedily' if cold else 'not drawn from the distribution that is declared'}",
-            "compare how these are sampled with how the others are: replicas and their versions, the first token, "
-            "speculative or batched paths",
-            draws.why,
-        )  # fmt: skip
-    if draws.tokens and draws.top_tokens >= NEARLY_ALL * draws.tokens and not greedy:
-        said = case.sampling.label()
-        evidence_text = (
-            f"{draws.why}; {draws.top_tokens} of {draws.tokens} are: the draws are greedy, though {said} is declared"
-        )
-        left = "temperature" in case.omitted
-        fix = "make the sampler use the request's temperature (do_sample, top_k, --generation-config vllm)"
-        title = "tokens are drawn greedily, though their logprobs are of the declared distribution"
-        return _cause("S5" if left else "S3", title, fix, evidence_text)
-    fresh_T = _independent(evidence, model, LimitsConfig())[0]
-    declared = _likelihood(evidence, model.source, model.dist, fresh_T)
-    if greedy:
-        declared = -IMPOSSIBLE_NATS * (draws.tokens - draws.top_tokens)
-    offered = _offered(model.dist, case)
-    evidence.prefetch(model.source, [dist for _, _, dist in offered])
-    ranked = [(_likelihood(evidence, model.source, dist, fresh_T), which, words) for which, words, dist in offered]
-    likelihood, cause_id, words = max(ranked)
-    if likelihood - declared < LIKELIER_NATS:
-        return _cause(
-            "S13", "tokens were not drawn from the distribution that is declared",
-            "compare the sampler with the request: seeds, filters, the first token, speculative acceptance; no "
-            "correction of ratios helps, because the logprobs are right",
-            f"{draws.why}; no other temperature, top-p, top-k or min-p makes the {len(tokens)} tokens likelier",
-        )  # fmt: skip
-    likelier = "possible" if greedy else f"{likelihood - declared:.0f} nats likelier than {case.sampling.label()}"
-    text = f"{draws.why}; {words} makes the tokens {likelier}"
-    titles = {
-        "S3": "tokens are drawn at another temperature than the declared one",
-        "S5": "tokens are drawn through a filter that no request set",
-        "S13": "tokens are drawn through another filter than the declared one",
-    }
-    fix = "make the sampler use the request's fields: --generation-config vllm, every field sent explicitly"
-    return _cause(cause_id, titles[cause_id], fix, text)
-
-
-def _cause(cause_id: str, title: str, fix: str, evidence: str) -> Cause:
-    return Cause(
-        id=cause_id, layer="semantic", title=title, confidence="high", explained=None, fix=fix, evidence=evidence,
-        subject="draws",
-    )  # fmt: skip
-
-
-def _offered(dist: Distribution, case: Case) -> list[tuple[str, str, Distribution]]:
-    """(id, words, distribution) of what tokens may have been drawn from instead."""
-    temperatures = [t for t in TEMPERATURES if t != case.sampling.temperature]
-    found = [("S3", f"T'={t:g}", replace(dist, temperature=t)) for t in temperatures]
-    for name, values in FILTERS.items():
-        cause_id = "S5" if name in case.omitted else "S13"
-        others = [v for v in values if v != getattr(dist, name)]
-        found += [(cause_id, f"{name}={v:g}", replace(dist, **{name: v})) for v in others]  # type: ignore[arg-type]
-    return found
-
-
-def _likelihood(evidence: Evidence, source: Source, dist: Distribution, fresh_T: Tensor) -> float:
-    """Log-likelihood of independent tokens in nats; a token that the distribution rules out costs IMPOSSIBLE_NATS."""
-    logprobs_T = evidence.scores(source, dist).logprobs_T.double()[fresh_T]
-    return float(logprobs_T.clamp_min(-IMPOSSIBLE_NATS).sum())

@@ -12,7 +12,8 @@ from trueup.knobs import LimitsConfig
 from trueup.parity.attribution import Attributor
 from trueup.parity.budget import Budget
 from trueup.parity.compare import Residual, residual
-from trueup.parity.draws import Draws, is_top, judge_draws, not_judged, origin_of
+from trueup.parity.draw_origins import origin_of
+from trueup.parity.draws import Draws, is_top, judge_draws, not_judged
 from trueup.parity.evidence import ENGINE, EXACT, REFERENCE, TRAINER, EngineModel, Evidence
 from trueup.parity.findings import Attribution
 from trueup.parity.floor import Floor, Judgement, judge, predict, rows_beyond
@@ -306,7 +307,7 @@ class SettingJudge:
         if seen.mismatch and not (found.findings and found.judgement.within):
             said = "fit the declared distribution" if draws.verdict == "agree" else "do not fit it either"
             return replace(draws, verdict="not judged", why=f"the numbers are unexplained; the draws {said}"), None
-        return draws, origin_of(evidence, draws, model) if draws.verdict == "mismatch" else None
+        return draws, origin_of(evidence, draws, model, judged) if draws.verdict == "mismatch" else None
 
     def _report(
         self, setting: Setting, seen: Seen, found: Attribution, causes: list[Cause], draws: Draws,

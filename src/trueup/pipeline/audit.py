@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from trueup.knobs import LimitsConfig
 from trueup.model.load import load_model
 from trueup.model.packed import open_policy
 from trueup.monitor.rundir import config_of
-from trueup.parity.draws import Draws, judge_draws, not_judged, origin_of
+from trueup.parity.draw_origins import origin_of
+from trueup.parity.draws import Draws, judge_draws, not_judged
 from trueup.parity.evidence import TRAINER, EngineModel
 from trueup.parity.floor import Floor, Judgement, judge
 from trueup.parity.grouping import Setting, group, halves
@@ -302,9 +304,9 @@ class _LogCheck:
         model = EngineModel(dist=case.processed, source=TRAINER)
         of_half = limits.model_copy(update={"min_tokens": limits.min_tokens // 2})
 
-        def judged(rows: Sequence[TraceRow], limits: LimitsConfig) -> Draws:
+        def judged(rows: Sequence[TraceRow], limits: LimitsConfig, by: EngineModel = model) -> Draws:
             return judge_draws(
-                scorer.evidence(case, rows), model, limits, noise_rms=floor.rms,
+                scorer.evidence(case, rows), by, limits, noise_rms=floor.rms,
                 token_limit=judgement.token_limit, whatever_length=True,
             )  # fmt: skip
 
@@ -314,7 +316,8 @@ class _LogCheck:
         whole = judged(self.setting.rows, limits)
         if any(part.verdict != "mismatch" for part in parts) or whole.verdict != "mismatch":
             return (replace(whole, verdict="agree") if whole.verdict == "mismatch" else whole), None
-        return whole, origin_of(scorer.evidence(case, self.setting.rows), whole, model).as_dict()
+        again = partial(judged, self.setting.rows, limits)
+        return whole, origin_of(scorer.evidence(case, self.setting.rows), whole, model, again).as_dict()
 
     def causes(self) -> list[dict[str, object]]:
         """What explains the gap of these tokens; nothing if no token attended to keys of its own version alone."""
