@@ -66,6 +66,15 @@ def test_a_filter_that_is_not_the_declared_one_is_neither_a_grammar_nor_padding(
     )
 
 
+def test_an_engine_that_goes_by_its_own_settings_is_said_to(models, dtype, tmp_path):
+    """T=1 and top-p 0.9 in the place of T=0.7: neither raw logprobs nor forbidden ids."""
+    sampling = EVERY | {"temperature": 0.7}
+    records = records_of(models[dtype], dtype=dtype, step=filtered(top_p=0.9), sampling=sampling)
+    report = checked(records, models[dtype], tmp_path)
+    assert named(report) == [("S5", "high", "engine")] and report.settings[0].draws["verdict"] == "agree"
+    assert "temperature=1, top_p=0.9, where the requests say temperature=0.7, top_p=1" in report.causes[0].evidence
+
+
 def of_small_grammar(logits_V, done, generator, row):
     logits_V = logits_V.copy()
     logits_V[40:] = -1e9

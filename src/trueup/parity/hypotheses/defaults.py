@@ -38,29 +38,35 @@ def _filled(evidence: Evidence, model: EngineModel, values: dict[str, float]) ->
     if dist == model.dist:
         return []
     declared, omitted = evidence.case.processed, evidence.case.omitted
-    names = [n for n in GRIDS if getattr(dist, n) != getattr(declared, n) and n in values]
+    names = [n for n in GRIDS if getattr(dist, n) != getattr(declared, n)]
     words = ", ".join(f"{n}={getattr(dist, n):g}" for n in names)
     changed = replace(model, dist=dist)
     if set(names) <= set(omitted):
         return [Variant(model=changed, detail=f"no request set it, yet the engine fits {words}")]
+    own = sorted(set(names) - set(omitted))
     sent = ", ".join(f"{n}={getattr(declared, n):g}" for n in names if n not in omitted)
     return [
         Variant(
             model=changed,
             detail=f"the engine fits {words}, where the requests say {sent}",
-            title="the engine's top-p, top-k or min-p is not the declared one",
+            title=f"the engine's {' and '.join(own)} {'is' if len(own) == 1 else 'are'} not what was declared",
             fix="make the sampler use the request's fields, and log the fields that were sent",
         )
     ]
 
 
 def _hidden(evidence: Evidence, model: EngineModel) -> list[Variant]:
-    if replace(model.dist, temperature=evidence.case.processed.temperature) != evidence.case.processed:
+    if model.dist != evidence.case.processed:
         return []
     omitted = evidence.case.omitted
     declared = {n: v for n, v in evidence.facts.generation.items() if n in omitted}
     found = _filled(evidence, model, declared) if declared else []
-    return found + [v for n in _open(evidence) for value in GRIDS[n] for v in _filled(evidence, model, {n: value})]
+    found += [v for n in _open(evidence) for value in GRIDS[n] for v in _filled(evidence, model, {n: value})]
+    if model.dist.temperature == 1 or "temperature" in omitted:
+        return found
+    # an engine that goes by its own settings instead of the requests' samples at T=1 through filters of its own
+    own = {"temperature": 1.0}
+    return found + [v for n in FILTERS for value in GRIDS[n] for v in _filled(evidence, model, own | {n: value})]
 
 
 def _another_field(evidence: Evidence, variant: Variant, step: float) -> list[Variant]:
@@ -68,7 +74,12 @@ def _another_field(evidence: Evidence, variant: Variant, step: float) -> list[Va
     if step < 1:
         return []
     found = []
-    for name in _open(evidence):
+    dist, declared = variant.model.dist, evidence.case.processed
+    for name in GRIDS:  # one that was sent is only brought closer: most of them change little and fit anything
+        if name not in evidence.case.omitted and (
+            name not in FILTERS or getattr(dist, name) == getattr(declared, name)
+        ):
+            continue
         value = getattr(variant.model.dist, name)
         near = [value + share * (other - value) for other in GRIDS[name] for share in (0.5, 0.2)]
         near = sorted(near, key=lambda v, at=value: abs(v - at))[:8] if value else []  # type: ignore[misc]
