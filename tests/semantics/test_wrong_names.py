@@ -298,3 +298,14 @@ def test_first_tokens_that_are_reported_otherwise_are_no_agreement(models, tmp_p
     clean = records_of(model, rows=32, length=160, dtype=torch.bfloat16, sampling=sampling)
     judgement = checked(clean, model, tmp_path).settings[0].judgement
     assert judgement["first_rms"] < judgement["first_rms_limit"]
+
+
+def test_greedy_tokens_whose_logprobs_are_all_0_are_told_from_lost_numbers(models, dtype, tmp_path):
+    def step(logits_V, done, generator, row):
+        return int(logits_V.argmax()), 0.0
+
+    sampling = EVERY | {"temperature": 0.0}
+    records = records_of(models[dtype], rows=24, length=24, dtype=dtype, step=step, sampling=sampling)
+    report = checked(records, models[dtype], tmp_path)
+    assert named(report) == [("S3", "high", "engine")] and "after the argmax" in report.causes[0].title
+    assert report.settings[0].draws["verdict"] == "agree"

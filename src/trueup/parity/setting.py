@@ -22,7 +22,7 @@ from trueup.parity.hypotheses import all_hypotheses
 from trueup.parity.hypotheses.versions import versions_apart
 from trueup.parity.invariants import INVARIANTS, positive_logprobs, well_formed
 from trueup.parity.logged_trainer import describe, rows_with_trainer
-from trueup.parity.marks import at_edge, fillers, without
+from trueup.parity.marks import EDGE_FLOORS, at_edge, fillers, without
 from trueup.parity.replicas import Divided, divide
 from trueup.parity.report import NOT_TRIED, TRIED, Cause, SettingReport
 from trueup.parity.scorer import Scorer
@@ -247,7 +247,8 @@ class SettingJudge:
             return seen, None, False
         rest = self._look(setting, without(rows, seen.evidence, found.at_T), floor_of)
         whole = set(seen.evidence.tokens.engine_T.tolist()) <= set(found.counts)
-        if whole and bool(is_top(seen.evidence.scores(EXACT, seen.base.dist)).all()):
+        near = EDGE_FLOORS * seen.floor.rms  # near equals change places in 16 bits
+        if whole and bool(is_top(seen.evidence.scores(EXACT, seen.base.dist), near).all()):
             return seen, None, False  # a greedy engine's own numbers are all 0: its draws are what is wrong
         if not (whole or found.certain or not rest.reasons):
             return seen, None, False

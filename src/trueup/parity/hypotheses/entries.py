@@ -62,6 +62,8 @@ def placeholders(evidence: Evidence) -> dict[float, int]:
     engine_T = evidence.tokens.engine_T
     scores = evidence.scores(ENGINE, evidence.case.processed)
     certain_T = (scores.kept_T == 1) | (scores.logprobs_T > -1e-3)
+    if evidence.case.sampling.temperature == 0:  # after the argmax every token is
+        certain_T = torch.ones_like(certain_T)
     impossible_T = (engine_T > 1e-3) | (engine_T < SENTINEL) | ((engine_T == 0.0) & ~certain_T)
     last_T = skipped(evidence.tokens, "last")
     kinds = len(torch.unique(evidence.tokens.targets_T[impossible_T]))

@@ -11,6 +11,8 @@ from trueup.policy.processing import Distribution
 
 TEMPERATURE_GRID = tuple(round(0.3 + 0.05 * i, 2) for i in range(35))
 """0.30 to 2.00: temperatures tried when the declared one does not fit."""
+COLDEST = 1e-4
+"""In the place of 0, at which a distribution is not defined."""
 NEAR_DECLARED = (0.98, 0.99, 0.995, 1.005, 1.01, 1.02)
 """Between the declared temperature and its neighbours on the grid, from where a search finds the rest."""
 
@@ -60,6 +62,8 @@ def _wrong_temperature(evidence: Evidence, model: EngineModel) -> list[Variant]:
     declared = evidence.case.processed.temperature
     if "temperature" in evidence.case.omitted:  # then it is the engine's default: S5
         return []
+    if evidence.case.sampling.temperature == 0:
+        return _after_the_argmax(model)
     if model.dist.temperature not in (declared, evidence.case.trainer_distribution.temperature):
         return []
     near = {round(declared * factor, 6) for factor in NEAR_DECLARED}
@@ -74,6 +78,15 @@ def _wrong_temperature(evidence: Evidence, model: EngineModel) -> list[Variant]:
             model, f"engine fits T'={temperature:g}{twice}, not the declared {declared:g}", temperature=temperature
         )
     return variants
+
+
+def _after_the_argmax(model: EngineModel) -> list[Variant]:
+    """At temperature 0 some engines report the logprob of the only token that is left."""
+    found = _with(model, "engine's numbers are those of the argmax: 0 at every token", temperature=COLDEST)
+    title = "logprobs of greedy tokens are taken after the argmax: each is 0"
+    fix = "report greedy tokens before the argmax (raw), or leave them out of what is compared and trained on"
+    top = [replace(v.model, entry="top") for v in found]  # near equals change places in 16 bits
+    return [replace(v, model=m, title=title, fix=fix, only_reported=True) for v, m in zip(found, top, strict=True)]
 
 
 def _divided(model: EngineModel, declared: float) -> list[Variant]:
@@ -121,7 +134,7 @@ def _truncation_unseeable(evidence: Evidence) -> str | None:
 
 def _closer_temperature(evidence: Evidence, variant: Variant, step: float) -> list[Variant]:
     value, declared = variant.model.dist.temperature, evidence.case.processed.temperature
-    if variant.model.factor != 1:  # a logprob that was divided has no temperature to move
+    if variant.model.factor != 1 or value == COLDEST:  # what was divided, or is certain, has no temperature to move
         return []
     near = [t for sign in (-1, 1) if (t := round(value + sign * 0.04 * step, 4)) > 0 and t != declared]
     return [
