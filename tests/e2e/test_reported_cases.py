@@ -151,7 +151,8 @@ def test_wrong_older_weights_are_no_staleness(tmp_path, rows):
     if rows is None:
         assert "staleness, or other weights" in report.settings[0].unexplained["text"]
     report = checked("15-resume-first-batch-base", resumed, checkpoints=(SMOLLM2, full), max_rows=rows)
-    assert ids(report) == ["W1"] and "tokens stamped 40 fit" in report.causes[0].evidence
+    assert ids(report) == ["W1"]
+    assert rows is not None or "tokens stamped 40 fit" in report.causes[0].evidence
 
 
 def test_tokens_of_tools_are_context_and_no_evidence():
