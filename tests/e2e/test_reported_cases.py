@@ -105,11 +105,17 @@ def ids(report):
     ("name", "cause", "side", "said"),
     [
         ("03b-clamped-2", "S9", "log", "2 carry exactly -9999"),
-        ("03d-clamped-bf16-vllm", "S9", "log", "2 carry exactly -9999"),
+        pytest.param("03d-clamped-bf16-vllm", "S9", "log", "2 carry exactly -9999", marks=pytest.mark.slow),
         pytest.param("04b-stop-trimmed-shifted", "T1", "log", "all those that ended by 'stop'", marks=pytest.mark.slow),
-        ("19a-repetition-outputs-only", "S6", "engine", "the completion only, not the prompt"),
-        ("20a-top-p-before-temperature", "S4", "engine", "applies the temperature last"),
-        ("21b-trainer-not-shifted", "T1", "trainer", "logits that are 1 position too late"),
+        pytest.param(
+            "19a-repetition-outputs-only", "S6", "engine", "the completion only, not the prompt", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "20a-top-p-before-temperature", "S4", "engine", "applies the temperature last", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "21b-trainer-not-shifted", "T1", "trainer", "logits that are 1 position too late", marks=pytest.mark.slow
+        ),
         ("27a-trainer-forgets-temperature", "S2", "trainer", "your trainer fits raw logprobs"),
         ("62a-drawn-greedily", "S3", "engine", "247 of 247 tokens are the most likely one"),
         ("65a-all-zero", "S9", "log", "carry exactly 0"),
@@ -162,6 +168,7 @@ def test_tokens_of_tools_are_context_and_no_evidence():
     assert report.header["rows"] == len(rows) == 20, "two turns in each of ten conversations"
 
 
+@pytest.mark.slow
 def test_the_verl_exporter_keeps_what_tools_wrote(tmp_path):
     """A batch as verl holds it, padded on both sides, of the conversations of the case above."""
     spec = importlib.util.spec_from_file_location("verl_export", ROOT / "examples" / "integrate" / "verl_export.py")
