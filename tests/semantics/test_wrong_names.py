@@ -210,7 +210,7 @@ def test_what_one_engine_showed_excludes_nothing_for_another(models, tmp_path):
 
 @pytest.mark.parametrize("field", ["min_tokens", "min_new_tokens", "suppress_tokens", "regex", "no_repeat_ngram_size"])
 def test_a_field_that_changes_the_distribution_is_said_to_be_unknown(models, tmp_path, field):
-    """Hugging Face's, SGLang's and vLLM's: what an engine did as it was told is no mismatch."""
+    """Fields of Hugging Face, SGLang and vLLM: an engine that did what it was told is not to blame."""
     model = models[torch.float32]
 
     def without_some(logits_V, done, generator, row):

@@ -81,7 +81,7 @@ def test_an_id_that_is_expected_often_and_never_drawn_is_forbidden():
 
 def test_end_ids_that_were_never_drawn_are_tried_alone_and_with_the_others():
     ends = [ids for ids, bias in offered({3: -math.inf, 9: -math.inf}, eos_ids=(9, 11, VOCAB + 5)) if math.isinf(bias)]
-    assert ends == [(3, 9), (9,)], "11 was drawn, and the last one is no id of this vocabulary"
+    assert ends == [(3, 9), (9,)], "11 was drawn, and the last id lies outside the vocabulary"
 
 
 def test_an_id_that_is_rarely_expected_is_not_missed():

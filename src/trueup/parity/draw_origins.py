@@ -30,7 +30,7 @@ IMPOSSIBLE_NATS = 25.0
 NEARLY_ALL = 0.97
 FINEST_TEMPERATURE = 0.005
 ROUND_NATS = 2.0
-"""A rounder temperature is named if the tokens are no less likely than this under it."""
+"""A round temperature is named instead of the fitted one if it costs the tokens at most so much likelihood."""
 
 
 def origin_of(
@@ -76,7 +76,7 @@ def origin_of(
     explained = likelihood - declared >= LIKELIER_NATS
     if explained and not greedy and (again := judged(replace(model, dist=dist))).verdict == "mismatch":
         explained = False
-        unknown = f"{words} makes them likelier, and they are no draws from that either: {again.why}"
+        unknown = f"{words} makes them likelier, but they do not look like draws from it either: {again.why}"
     if not explained:
         return _cause(
             "S13", "tokens were not drawn from the distribution that is declared",

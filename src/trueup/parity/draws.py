@@ -104,7 +104,6 @@ def judge_draws(
             verdict="mismatch" if wrong else "agree", why=why if wrong else "the most likely token each time",
             tokens=len(near_T), top_tokens=int(near_T.sum()), top_expected=float(len(near_T)),
         )  # fmt: skip
-    assert scores.varentropy_T is not None
     usable_T = fresh_T & torch.isfinite(scores.logprobs_T)
     if whatever_length:
         scores, apart_T = _among_others(evidence, model, scores)

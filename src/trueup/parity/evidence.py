@@ -79,8 +79,6 @@ class Case:
     sampling: SamplingParams
     trainer: LogprobKind
     unmodelled: tuple[str, ...] = ()
-    declared_digest: str | None = None
-    trainer_digest: str | None = None
     other_temperatures: tuple[float, ...] = ()
     tag: str = ""
     omitted: tuple[str, ...] = ()

@@ -112,7 +112,7 @@ def group(trace: Trace, kind: LogprobKind, problems: list[str]) -> list[Setting]
         groups.setdefault(key, []).append(row)
         cases[key] = Case(
             engine=row.engine, sampling=shape, trainer=kind, unmodelled=unmodelled,
-            declared_digest=row.model_digest, omitted=omitted,
+            omitted=omitted,
         )  # fmt: skip
     engines = {(c.engine.title(), str(sorted(c.engine.flags.items(), key=str))) for c in cases.values()}
     if len(engines) > 1:

@@ -50,6 +50,13 @@ class Points:
     position: tuple[int, ...] = ()
     line: tuple[int, ...] = ()
 
+    def rms_by_line(self) -> dict[int, float]:
+        """Rms of r in nats over the tokens of each line."""
+        squares: dict[int, list[float]] = {}
+        for trainer, engine, line in zip(self.trainer, self.engine, self.line, strict=True):
+            squares.setdefault(line, []).append((trainer - engine) ** 2)
+        return {line: math.sqrt(sum(values) / len(values)) for line, values in squares.items()}
+
 
 @dataclass(frozen=True, kw_only=True)
 class SettingReport:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -33,6 +32,8 @@ LOG_CANNOT_SHOW = dict.fromkeys(
     "W16": "the log declares no weight digest",
     "O7": "the log carries no weight versions",
 }
+FAR_FLOORS = 4.0
+"""A row of another checkpoint is off by at least so many floors."""
 
 
 def silent(message: str) -> None:
@@ -47,10 +48,6 @@ def advice(settings: Sequence[Setting]) -> tuple[dict[str, str], ...]:
         for a in lint(recipe_of_engine(s.case.engine, s.case.sampling, s.case.trainer))
     }
     return tuple(found.values())
-
-
-FAR_FLOORS = 4.0
-"""A row of another checkpoint is off by at least so many floors."""
 
 
 def check_trace(
@@ -88,7 +85,6 @@ def check_rows(bench: Workbench, trace: Trace) -> ParityReport:
     bench.set_precision(trace.rows)
     digest = bench.scorer.digest()
     settings = bench.fit_for_model(settings)
-    settings = [replace(s, case=replace(s.case, trainer_digest=digest)) for s in settings]
     bench.prefetch(settings)
     reports = judge_all(bench, settings)
     trainers = [report for s in settings if (report := judge_logged(bench, s)) is not None]
@@ -146,14 +142,11 @@ def of_other_weights(settings: Sequence[Setting], reports: Sequence[SettingRepor
     declared = {r.line: r.model_digest for s in settings for r in s.rows if r.model_digest not in (None, digest)}
     off: dict[int, bool] = {}
     for report in reports:
-        squares: dict[int, list[float]] = {}
-        for line, trainer, engine in zip(report.points.line, report.points.trainer, report.points.engine, strict=True):
-            if line in declared:
-                squares.setdefault(line, []).append((trainer - engine) ** 2)
         floor = report.noise_floor.get("rms")
-        for line, values in squares.items():
-            far = isinstance(floor, float) and math.sqrt(sum(values) / len(values)) > FAR_FLOORS * floor
-            off[line] = off.get(line, False) or (far and report.unexplained is not None)
+        for line, rms in report.points.rms_by_line().items():
+            if line in declared:
+                far = isinstance(floor, float) and rms > FAR_FLOORS * floor
+                off[line] = off.get(line, False) or (far and report.unexplained is not None)
     return declared[min(declared)] if sum(off.values()) > len(declared) / 2 else None
 
 

@@ -142,11 +142,7 @@ def only_generation_is_off(
 
 def in_few_rows(report: SettingReport) -> bool:
     """Whether most rows fit: decoding spares none, so that something about the others' prompts is to blame."""
-    points, floor = report.points, report.noise_floor.get("rms")
-    squares: dict[int, list[float]] = {}
-    for trainer, engine, line in zip(points.trainer, points.engine, points.line, strict=True):
-        squares.setdefault(line, []).append((trainer - engine) ** 2)
-    rows = [(sum(row) / len(row)) ** 0.5 for row in squares.values()]
+    rows, floor = report.points.rms_by_line().values(), report.noise_floor.get("rms")
     return isinstance(floor, float) and bool(rows) and statistics.median(rows) <= floor
 
 

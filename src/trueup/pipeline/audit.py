@@ -298,7 +298,7 @@ class _LogCheck:
         """Whether these tokens were drawn as declared, and what is behind it if not.
 
         A run is audited many times, so only what shows in both halves of the completions counts. A batch holds the
-        groups that finished first, so where completions end is no evidence.
+        groups that finished first, so the places where completions end prove nothing.
         """
         case, scorer, limits = self.setting.case, self.bench.scorer, self.bench.limits
         model = EngineModel(dist=case.processed, source=TRAINER)
