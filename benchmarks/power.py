@@ -5,7 +5,7 @@ are resampled into checks of N tokens, each with a floor predicted from its own 
 trainer's own distributions at the recorded contexts. A fault of a size is planted into such a check, and the smallest
 size that is found in 95 of 100 is printed. Prints one JSON object as its last line.
 
-    python benchmarks/power.py [--model models/smollm2-135m] [--trace FILE ...] [--checks 10000] [--markdown]
+    python benchmarks/power.py [--model models/smollm2-135m] [--trace FILE ...] [--checks 10000]
 """
 
 from __future__ import annotations

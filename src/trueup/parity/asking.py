@@ -106,7 +106,7 @@ class Asking:
             TraceRow(
                 line=next(self.lines), engine=self.facts.info, sampling=sampling, prompt_token_ids=prompt,
                 completion_token_ids=answer.ids, completion_logprobs=answer.logprobs, weight_versions=answer.versions,
-                replica=client.url if len(self.clients) > 1 else None,
+                replica=client.url if len(self.clients) > 1 else None, finish_reason=answer.finish_reason,
             )
             for client, group_answers in zip(self.clients, answers, strict=True)
             for prompt, answer in zip(prompts.ordinary, group_answers, strict=True)

@@ -51,8 +51,8 @@ PROMISING = 0.95
 class Attributor:
     """Searches engine models for one setting. `fit` and `held` are disjoint halves of its evidence.
 
-    `floor_of(model)` predicts the floor under a model's distribution. Once `budget` is over no costly cause is tried
-    any more: those left are listed as not finished.
+    `floor_of(model)` predicts the floor under a model: its distribution, and the rounding of its source. Once `budget`
+    is over no costly cause is tried any more: those left are listed as not finished.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class Attributor:
         self.simulated = [h for h in seeable if h.simulates]
         self.base = EngineModel(dist=fit.case.trainer_distribution)
         self._held: dict[EngineModel, Residual] = {}
+        self._own_floors: dict[EngineModel, Floor] = {}
         self.impossible: set[Source] = set()
         self.seen: set[EngineModel] = set()
         self.hopeless: set[str] = set()
@@ -85,11 +86,28 @@ class Attributor:
         return loss(self.held_residual(model), EDGE_ALLOWANCE)
 
     def held_judgement(self, model: EngineModel) -> Judgement:
-        """Judge the held-back residual of a model; ruled-out tokens beyond the allowance are a reason of their own."""
+        """Judge the held-back residual of a model; ruled-out tokens beyond the allowance are a reason of their own.
+
+        A change of the model can make it round more coarsely than the trainer does (a window of a few tokens does): one
+        that takes away nearly all of the gap is judged against its own rounding.
+        """
+        verdict = self._judged(model, self.floor(model))
+        if verdict.within or not model.source.one_model or model in self._own_floors:
+            return verdict
+        if self.held_loss(model) >= (1 - COSTLY_SHARE) * self.held_loss(self.base):
+            return verdict
+        self._own_floors[model] = self.floor_of(model)
+        return self._judged(model, self.floor(model))
+
+    def floor(self, model: EngineModel) -> Floor:
+        """The floor that a model is judged against: the trainer's rounding under its distribution, or its own."""
+        return self._own_floors.get(model) or self.floor_of(EngineModel(dist=model.dist))
+
+    def _judged(self, model: EngineModel, floor: Floor) -> Judgement:
         res = self.held_residual(model)
         limits = self.limits.model_copy(update={"min_tokens": max(1, self.limits.min_tokens // 4)})
         verdict = judge(
-            res.residual_T.masked_fill(~res.usable_T, float("nan")), res.row_T, self.floor_of(model), limits,
+            res.residual_T.masked_fill(~res.usable_T, float("nan")), res.row_T, floor, limits,
             lines=self.held.tokens.lines,
         )  # fmt: skip
         if res.edge_share > self.limits.edge_share:
@@ -132,7 +150,7 @@ class Attributor:
         for rank, candidate in enumerate(sorted(coarse, key=lambda c: c.fit_loss)):
             if rank < REFINED and not whole:
                 candidate = self._refined(screen, candidate, candidate.path[-1].hypothesis) or candidate
-                whole = candidate.fit_loss <= self.floor_of(candidate.model).rms
+                whole = candidate.fit_loss <= self.floor(candidate.model).rms
             found.append(replace(candidate, fit_loss=self._fit_loss(candidate.model)))
         return [c for c in found if c.fit_loss < float("inf")]
 
@@ -285,15 +303,14 @@ class Attributor:
         that reports raw logprobs from one that also draws at T=1."""
 
         def drawn_from(c: Candidate) -> Distribution:
-            redrawn = any(e.redraws for e in c.path)
-            return c.model.dist if redrawn else self.held.case.processed
+            return c.model.dist if c.redraws else self.held.case.processed
 
         first, second = (log_likelihood(self.held, drawn_from(c)) for c in (candidate, other))
         return second - first > LIKELIER_NATS
 
     def _speaks_against(self, candidate: Candidate) -> bool:
         """Whether the drawn tokens rule out that they were drawn as a candidate says."""
-        if not any(e.redraws for e in candidate.path) or not candidate.model.source.plain:
+        if not candidate.redraws or not candidate.model.source.plain:
             return False
         declared, redrawn = (
             log_likelihood(self.held, dist) for dist in (self.held.case.processed, candidate.model.dist)
@@ -321,7 +338,8 @@ class Attributor:
         return all(clearly_better(ours, self.held_residual(model), EDGE_ALLOWANCE) for model in without)
 
     def _conclude(self, best: Candidate, singles: Sequence[Candidate]) -> Attribution:
-        floor, verdict = self.floor_of(best.model), self.held_judgement(best.model)
+        verdict = self.held_judgement(best.model)
+        floor = self.floor(best.model)
         rivals: list[str] = []
         tried = {c.path[-1].hypothesis.id for c in singles}
         chosen = {e.hypothesis.id for e in best.path}
@@ -373,18 +391,6 @@ class Attributor:
         found = []
         for edit in best.path:
             after = self.held_loss(edit.after)
-            share = (before - after) / max(total, 1e-300)
-            found.append(
-                Finding(
-                    hypothesis=edit.hypothesis,
-                    detail=edit.detail,
-                    explained=share,
-                    confidence=confidence,
-                    title=edit.title or edit.hypothesis.title,
-                    fix=edit.fix or edit.hypothesis.fix,
-                    side=edit.side or edit.hypothesis.side,
-                    redraws=edit.redraws,
-                )
-            )
+            found.append(edit.finding(explained=(before - after) / max(total, 1e-300), confidence=confidence))
             before = after
         return tuple(sorted(found, key=lambda f: -f.explained))

@@ -37,6 +37,14 @@ class Edit:
             side=found.side, only_reported=found.hypothesis.redraws and not found.redraws,
         )  # fmt: skip
 
+    def finding(self, *, explained: float, confidence: str) -> Finding:
+        """This edit as something found."""
+        return Finding(
+            hypothesis=self.hypothesis, detail=self.detail, explained=explained, confidence=confidence,
+            title=self.title or self.hypothesis.title, fix=self.fix or self.hypothesis.fix,
+            side=self.side or self.hypothesis.side, redraws=self.redraws,
+        )  # fmt: skip
+
     @property
     def redraws(self) -> bool:
         """Whether the tokens, too, are drawn from what is reported."""
@@ -50,3 +58,8 @@ class Candidate:
     model: EngineModel
     path: tuple[Edit, ...]
     fit_loss: float
+
+    @property
+    def redraws(self) -> bool:
+        """Whether tokens are drawn as this says, too."""
+        return any(edit.redraws for edit in self.path)

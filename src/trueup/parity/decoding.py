@@ -23,6 +23,8 @@ from trueup.parity.scorer import Scorer
 from trueup.trace import TraceRow
 
 CONTEXTS = 32
+PARTS = (0.5, 1.0, 0.25, 0.75)
+"""Where completions are cut, until there are CONTEXTS: the parts of each that stay, but for one token at least."""
 EARLIEST = 4
 """Contexts are cut this many tokens into a completion at the earliest."""
 STANDARD_ERRORS = 4.0
@@ -33,11 +35,12 @@ FITS = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class FirstSteps:
-    """rms of r in nats over the first tokens (prefill) and the second ones (one decoding step) of short completions."""
+    """r in nats over the first tokens (prefill) and the second ones (one decoding step) of short completions: rms, and
+    mean |r| of the second ones."""
 
     first_rms: float
     second_rms: float
-    tokens: int
+    second_mean_abs: float
 
 
 def mean_ratio_is_one(report: SettingReport) -> bool:
@@ -53,27 +56,26 @@ def mean_ratio_is_one(report: SettingReport) -> bool:
     return abs(float(ratio.mean()) - 1) <= STANDARD_ERRORS * standard_error and float(ratio.max()) < math.e**5
 
 
-def later_rms(report: SettingReport) -> float:
-    """rms of r in nats over all tokens but the first of each completion."""
+def later_gap(report: SettingReport) -> tuple[float, float]:
+    """rms and mean |r| in nats over all tokens but the first of each completion."""
     points = report.points
-    later = [(t - e) ** 2 for t, e, p in zip(points.trainer, points.engine, points.position, strict=True) if p > 0]
-    return math.sqrt(sum(later) / len(later)) if later else math.nan
+    later = [t - e for t, e, p in zip(points.trainer, points.engine, points.position, strict=True) if p > 0]
+    if not later:
+        return math.nan, math.nan
+    return math.sqrt(sum(r * r for r in later) / len(later)), sum(map(abs, later)) / len(later)
 
 
 def first_steps(
     client: ProbeClient, scorer: Scorer, case: Case, rows: Sequence[TraceRow], *, salt: str | None
 ) -> FirstSteps | None:
     """Let the engine continue its own completions from somewhere inside, by two tokens; None if it cannot."""
-    cuts = [
-        (row, at)
-        for row in rows
-        for at in sorted({len(row.completion_token_ids) // 2, len(row.completion_token_ids) - 1})
-        if at >= EARLIEST
-    ][:CONTEXTS]
+    lengths = [len(row.completion_token_ids) for row in rows]
+    places = [(i, min(int(part * length), length - 1)) for part in PARTS for i, length in enumerate(lengths)]
+    cuts = [(rows[i], at) for i, at in dict.fromkeys(places) if at >= EARLIEST][:CONTEXTS]
     asks = [
         Ask(
             prompt=row.prompt_token_ids + row.completion_token_ids[:at], sampling={"temperature": 1.0}, seed=1 + i,
-            max_tokens=2, salt=None if salt is None else f"{salt}-decode",
+            max_tokens=2, salt=None if salt is None else f"{salt}-decode-{i}",
         )
         for i, (row, at) in enumerate(cuts)
     ]  # fmt: skip
@@ -92,11 +94,12 @@ def first_steps(
     now = residual(evidence, EngineModel(dist=case.trainer_distribution))
     usable_T = now.usable_T
 
-    def rms(at_T: Tensor) -> float:
-        return float(now.residual_T[usable_T & at_T].square().mean().sqrt())
+    def rms(r: Tensor) -> float:
+        return float(r.square().mean().sqrt())
 
     first_T = evidence.tokens.position_T == 0
-    return FirstSteps(first_rms=rms(first_T), second_rms=rms(~first_T), tokens=len(found))
+    first, second = now.residual_T[usable_T & first_T], now.residual_T[usable_T & ~first_T]
+    return FirstSteps(first_rms=rms(first), second_rms=rms(second), second_mean_abs=float(second.abs().mean()))
 
 
 def decoding_cause(plain: SettingReport, scored: SettingReport, seen: FirstSteps | None) -> tuple[Cause | None, str]:
@@ -113,12 +116,13 @@ def decoding_cause(plain: SettingReport, scored: SettingReport, seen: FirstSteps
     )
     if seen is None:
         return None, known
-    later = later_rms(plain)
+    later_rms, later_mean_abs = later_gap(plain)
     known += (
         f"; continued from inside its completions, the first tokens are off by rms {seen.first_rms:.2g}, those of the "
-        f"first decoding step by {seen.second_rms:.2g}, later ones by {later:.2g}"
+        f"first decoding step by {seen.second_rms:.2g}, later ones by {later_rms:.2g}"
     )
-    decodes = seen.first_rms <= FITS * floor < seen.second_rms and seen.second_rms >= HALF * later
+    as_far = seen.second_mean_abs >= HALF * later_mean_abs  # no rms: what a step got wrong grows with those after it
+    decodes = seen.first_rms <= FITS * floor < seen.second_rms and as_far
     if not decodes or not mean_ratio_is_one(plain):
         return None, known
     cause = Cause(

@@ -49,6 +49,13 @@ def origin_of(
             "give each sample a seed of its own (no fixed seed beside n > 1 or in every request), and log a row once",
             draws.why,
         )  # fmt: skip
+    if draws.no_ends:
+        return _cause(
+            "S13", "end tokens are drawn less often than the distribution says",
+            "declare min_tokens, bad_words or suppressed ids in the log's sampling parameters, or turn them off for "
+            "rollouts; and log completions that ended as well as those that were cut",
+            draws.why,
+        )  # fmt: skip
     if draws.where and not greedy:
         cold = draws.part_top_tokens >= NEARLY_ALL * draws.part_tokens
         return _cause(

@@ -3,9 +3,9 @@
 An engine that takes the most likely token and reports that token's right logprob has a policy ratio of exactly 1, an
 effective sample size of 1, and does not explore: the worst case for training, invisible in every gap.
 
-Four statistics are held against what the trainer's own distributions predict: the surprise of all tokens, how many of
-them are the most likely token, the same of first tokens alone, and beginnings that completions of one prompt share. The
-first two are judged in parts of the tokens as well (draw_parts.py).
+Five statistics are held against what the trainer's own distributions predict: the surprise of all tokens, how many of
+them are the most likely token, the same of first tokens alone, how many end a completion (draw_ends.py), and beginnings
+that completions of one prompt share. The first two are judged in parts of the tokens as well (draw_parts.py).
 
 Shapes: T completion tokens. Entropies are in nats, varentropies in nats squared.
 """
@@ -20,16 +20,19 @@ import torch
 from torch import Tensor
 
 from trueup.knobs import LimitsConfig
+from trueup.parity.draw_ends import missing_ends
 from trueup.parity.draw_parts import Drawn, OddPart, contexts, odd_parts
 from trueup.parity.evidence import EngineModel, Evidence
 from trueup.parity.floor import normal_quantile
 from trueup.policy.logprobs import TokenScores
 
-STATISTICS = 8
-"""Four of all tokens, and those of parts in four divisions."""
+STATISTICS = 9
+"""Five of all tokens, and those of parts in four divisions."""
 SKEW = 1.2
 """The surprise of a token is skewed: a sum of few dozen leaves the range of a normal one more often than it should."""
 SAME_NATS = 1e-6
+ALIKE_NATS = 1e-4
+"""Tokens are about equally likely if the most likely one is at most so far above their mean."""
 LIKELY_END = 0.1
 """A position where an end token is more probable than this is not judged when end tokens are left out."""
 LIKELY_END_OUTSIDE = 1e-3
@@ -51,8 +54,9 @@ class Draws:
     for draws that are colder than declared. `top_tokens` counts tokens that are the most likely ones, where
     `top_expected` were expected; `first_top` and `first_expected` do so for the first token of each completion.
     `copies` counts completions that repeat another one of the same prompt: they are left out of the rest.
-    `blind` says what these tokens could not have shown. `where` names the part that is off if all together are not,
-    `part_tokens` and `part_top_tokens` count its tokens and its most likely ones.
+    `no_ends`: ends of completions are missing. `blind` says what these tokens could not have shown. `where` names the
+    part that is off if all together are not, `part_tokens` and `part_top_tokens` count its tokens and its most likely
+    ones.
     """
 
     verdict: str
@@ -66,6 +70,7 @@ class Draws:
     first_expected: float = math.nan
     copies: int = 0
     shared_seed: bool = False
+    no_ends: bool = False
     blind: str = ""
     where: str = ""
     part_tokens: int = 0
@@ -95,7 +100,8 @@ def judge_draws(
     tokens = evidence.tokens
     fresh_T, copies, shared = independent(evidence, model, limits)
     scores = evidence.spread(model.source, model.dist)
-    top_T = is_top(scores)
+    alike_T = _alike(scores)
+    top_T = is_top(scores) | alike_T
     if evidence.case.sampling.temperature == 0:
         near_T = is_top(scores, token_limit)[fresh_T]
         wrong = int((~near_T).sum())
@@ -114,8 +120,9 @@ def judge_draws(
     rate = limits.false_alarm_rate / STATISTICS
     z = _surprise(scores, usable_T, slack=count * noise_rms**2)
     assert scores.varentropy_T is not None
+    chance_T = scores.top_logprobs_T.double().exp().clamp(0, 1).masked_fill(alike_T, 1.0)
     drawn = Drawn(
-        top_T=top_T[usable_T], chance_T=scores.top_logprobs_T.double().exp()[usable_T].clamp(0, 1),
+        top_T=top_T[usable_T], chance_T=chance_T[usable_T],
         offset_T=(-scores.logprobs_T - scores.entropy_T).double()[usable_T],
         variance_T=scores.varentropy_T.double()[usable_T], context_T=contexts(tokens)[usable_T],
     )  # fmt: skip
@@ -129,10 +136,14 @@ def judge_draws(
             reasons.append(
                 f"{seen} of {int(of_T.sum())} {name}tokens are the most likely one, where {expected:.0f} were expected"
             )
+    ends = ""
+    if not (reasons or shared or whatever_length):
+        ends = missing_ends(evidence, model, usable_T, rate=rate, noise_rms=noise_rms)
     odd: list[OddPart] = []
-    if not reasons and not shared:
+    if not (reasons or shared or ends):
         odd = odd_parts(drawn, tokens, usable_T, rate=rate, skew=SKEW, noise_rms=noise_rms, chance_of=top_count_chance)
         reasons += [part.words for part in odd]
+    reasons += [ends] if ends else []
     if shared:
         reasons.append(f"completions of one prompt begin alike, which chance rules out ({copies} are whole copies)")
     return Draws(
@@ -140,6 +151,7 @@ def judge_draws(
         tokens=count, surprise_z=z, top_tokens=int(top_T.sum()), top_expected=float(chance_T.sum()),
         first_tokens=int(first_T.sum()), first_top=int(top_T[first_T].sum()),
         first_expected=float(chance_T[first_T].sum()), copies=copies, shared_seed=shared,
+        no_ends=bool(ends),
         blind=_blind(scores, usable_T, rate)
         or ("" if top_count_chance(chance_T[first_T], int(first_T.sum())) < rate else TOO_FEW_FIRST),
         where=odd[0].words if odd else "", part_tokens=odd[0].tokens if odd else 0,
@@ -172,6 +184,12 @@ def _among_others(evidence: Evidence, model: EngineModel, scores: TokenScores) -
 def is_top(scores: TokenScores, within_nats: float = SAME_NATS) -> Tensor:
     """True where the chosen token is the most likely one, or as likely as that within so many nats, [T]."""
     return scores.logprobs_T >= scores.top_logprobs_T - within_nats
+
+
+def _alike(scores: TokenScores) -> Tensor:
+    """True where all tokens that are kept are about equally likely: which of them is drawn says nothing, [T]."""
+    above_T = scores.entropy_T.double() + scores.top_logprobs_T.double()
+    return (above_T < ALIKE_NATS) & (scores.top_logprobs_T < math.log(0.51))
 
 
 def _blind(scores: TokenScores, usable_T: Tensor, rate: float) -> str:

@@ -58,6 +58,11 @@ class Source:
         """Whether nothing was changed."""
         return replace(self, precision="trainer") == TRAINER
 
+    @property
+    def one_model(self) -> bool:
+        """Whether all tokens come from one changed model, run as the trainer's is."""
+        return not (self.plain or self.by_version or self.batching)
+
 
 SEEN = {
     "completion only": "the completion only, not the prompt",
@@ -145,7 +150,7 @@ BOUNDARY = 2
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
     """The tokens of one setting: ids, which row each belongs to, position in its completion, the engine's logprob, and
-    the weight version stamped on it (-1: none). Of each row: prompt, line, and replica ("": not named)."""
+    the weight version stamped on it (-1: none). Of each row: prompt, line, replica ("": not named), finish reason."""
 
     targets_T: Tensor
     row_T: Tensor
@@ -155,6 +160,7 @@ class Tokens:
     prompts: tuple[Tensor, ...]
     lines: tuple[int, ...]
     replicas: tuple[str, ...] = ()
+    finish_reasons: tuple[str | None, ...] = ()
 
     @classmethod
     def of(cls, rows: Sequence[TraceRow]) -> Tokens:
@@ -169,6 +175,7 @@ class Tokens:
             prompts=tuple(torch.tensor(r.prompt_token_ids, dtype=torch.long) for r in rows),
             lines=tuple(r.line for r in rows),
             replicas=tuple(r.replica or "" for r in rows),
+            finish_reasons=tuple(r.finish_reason for r in rows),
         )
 
     def __len__(self) -> int:

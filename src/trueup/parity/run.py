@@ -87,12 +87,13 @@ def check_rows(bench: Workbench, trace: Trace) -> ParityReport:
     settings = bench.fit_for_model(settings)
     bench.prefetch(settings)
     reports = judge_all(bench, settings)
+    other = of_other_weights(settings, reports, digest)
     trainers = [report for s in settings if (report := judge_logged(bench, s)) is not None]
     for mine in (r for r in trainers if r.verdict == "agree"):
         bench.notes.append(f"{mine.label}: your trainer's numbers are ours, within the floor")
     reports += [r for r in trainers if r.verdict != "agree"]
     causes = merge(reports)
-    if (other := of_other_weights(settings, reports, digest)) is not None:
+    if other is not None:
         causes = [wrong_weights(f"the trace declares weights {other:.12}", digest), *causes]
     elif any(r.model_digest not in (None, digest) for s in settings for r in s.rows):
         bench.notes.append(

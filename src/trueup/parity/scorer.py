@@ -21,7 +21,7 @@ from trueup.model.scoring import ScoredRow, check_fits, hidden_states
 from trueup.model.simulate import simulate
 from trueup.model.substitute import EVERYTHING, check_same_shapes, head_weight, read_tensors, substituted
 from trueup.parity.context import Contexts
-from trueup.parity.evidence import EXACT, TRAINER, Case, Evidence, HeadEdit, Source, Tokens
+from trueup.parity.evidence import EXACT, TRAINER, Case, Evidence, Source, Tokens
 from trueup.parity.facts import Facts, facts_of
 from trueup.policy.head import Head, multiplies
 from trueup.policy.logprobs import TokenScores, rows_at_once, token_scores_under
@@ -143,9 +143,6 @@ class Scorer:
         return checkpoint_dtype(self.path)
 
     def _arithmetic(self, source: Source) -> Arithmetic:
-        head_only = replace(source, head=HeadEdit()) == TRAINER  # the trainer's own states, already there
-        if not head_only and source.precision != "engine" and not source.plain:
-            return FP32
         return {"trainer": self.trainer, "engine": self.engine, "reference": self.reference, "exact": FP32}[
             source.precision
         ]

@@ -134,11 +134,13 @@ class SettingJudge:
         self.scorer, self.limits, self.budget = scorer, limits, budget
 
     def floor(self, setting: Setting, model: EngineModel) -> Floor:
-        """The floor under a model's distribution, from the setting's own tokens."""
+        """The floor under a model, from the setting's own tokens: its distribution, and the rounding of its source."""
         scorer = self.scorer
-        rows = reference_rows(scorer, usable_rows(setting))
-        evidence = scorer.evidence(setting.case, rows)
-        trainer, engine, reference = (evidence.scores(s, model.dist).logprobs_T for s in (TRAINER, ENGINE, REFERENCE))
+        evidence = scorer.evidence(setting.case, reference_rows(scorer, usable_rows(setting)))
+        trainer, engine, reference = (
+            evidence.scores(replace(model.source, precision=s.precision), model.dist).logprobs_T
+            for s in (TRAINER, ENGINE, REFERENCE)
+        )
         basis = (
             f"trainer ({scorer.trainer.title()}) and engine ({scorer.engine.title()}) against "
             f"{scorer.reference.title()}, taken as independent"
@@ -171,9 +173,10 @@ class SettingJudge:
         floors: dict[object, Floor] = {}
 
         def floor_of(model: EngineModel) -> Floor:
-            if model.dist not in floors:
-                floors[model.dist] = self.floor(setting, model)
-            return floors[model.dist]
+            key = (model.dist, model.source)
+            if key not in floors:
+                floors[key] = self.floor(setting, model)
+            return floors[key]
 
         seen, filler, nothing_else = self._look_past_fillers(setting, rows, floor_of)
         broken += [filler] if filler is not None else []
@@ -356,7 +359,8 @@ class SettingJudge:
                 left = replace(left, residual_T=r_T, usable_T=torch.where(inside_T, left.usable_T, now.usable_T))
             if found.findings:
                 fixed = gap_of(left.residual_T, left.usable_T, evidence) | {"floor_rms": found.floor.rms}
-            unexplained = unexplained_part(found, self._left(left, found, evidence) if found.findings else verdict)
+            beyond = self._left(setting, left, found, evidence) if found.findings else verdict
+            unexplained = unexplained_part(found, beyond)
             if unexplained is not None and (said := versions_apart(evidence, left.residual_T)) is not None:
                 unexplained["text"] = said
         noise = self.scorer.batch_shape_noise(usable_rows(setting)[:NOISE_ROWS], setting.case)
@@ -386,7 +390,11 @@ class SettingJudge:
             points=points_of(evidence, now),
         )
 
-    def _left(self, left: Residual, found: Attribution, evidence: Evidence) -> Judgement:
+    def _left(self, setting: Setting, left: Residual, found: Attribution, evidence: Evidence) -> Judgement:
         """What the causes leave, over all rows: a gap in the fitting half counts as well."""
         r_T = left.residual_T.masked_fill(~left.usable_T, torch.nan)
-        return judge(r_T, left.row_T, found.floor, self.limits, lines=evidence.tokens.lines)
+        verdict = judge(r_T, left.row_T, found.floor, self.limits, lines=evidence.tokens.lines)
+        if verdict.within or not found.model.source.one_model:
+            return verdict
+        own = self.floor(setting, found.model)
+        return judge(r_T, left.row_T, own, self.limits, lines=evidence.tokens.lines)

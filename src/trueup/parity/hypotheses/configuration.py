@@ -34,6 +34,7 @@ WORDS = {
 }
 """Titles and fixes of cases that differ from the usual one."""
 PADDED = tuple(2**k for k in range(11))
+DENSE = 16
 OCTAVE = 1.4
 """A step of 1 multiplies or divides a number by this; rotary bases are searched ten times as widely."""
 
@@ -139,7 +140,8 @@ def _finer(evidence: Evidence, variant: Variant, step: float) -> list[Variant]:
         name, value = source.simulation
         kind = name.partition("@")[0]
         if kind in ("window", "window_resized"):
-            return [_altered(model, name, n) for n in whole_neighbours(value, step)]
+            near = every_neighbour(value) if step == 1 else whole_neighbours(value, step)
+            return [_altered(model, name, n) for n in near]
         wider = (factors[0] ** 3, factors[1] ** 3) if kind == "rope_theta" else factors
         if kind not in ("rope_theta", "rope_linear", "rope_yarn", "rope_llama3", "embedding_scale"):
             return []
@@ -160,6 +162,13 @@ def whole_neighbours(value: float, step: float) -> list[int]:
     """The whole numbers above and below `value`, a third away at step 1 and closer at smaller steps."""
     distance = max(1, round(value * step / 3))
     return [n for n in (int(value) - distance, int(value) + distance) if n > 0]
+
+
+def every_neighbour(value: float) -> list[int]:
+    """Whole numbers up to a third away, DENSE of them: the window that fits is alone, with nothing that leads there."""
+    distance = max(1, round(value / 3))
+    stride = -(-2 * distance // DENSE)
+    return [n for n in range(int(value) - distance, int(value) + distance + 1, stride) if n > 0 and n != value]
 
 
 HYPOTHESES = (

@@ -1,0 +1,89 @@
+"""parity/draw_ends.py: end tokens that should have been drawn and were not; and policies that have no favourite."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.table_kit import drawn, evidence_of, logits_of, trace_rows
+
+from trueup.knobs import LimitsConfig
+from trueup.parity.draw_origins import origin_of
+from trueup.parity.draws import judge_draws
+from trueup.parity.evidence import EngineModel
+from trueup.parity.facts import Facts
+from trueup.types import SamplingParams
+
+VOCAB, END, LENGTH, ROWS = 20, 7, 40, 64
+LOGITS = logits_of(LENGTH * ROWS, VOCAB)
+LOGITS[:, END] = LOGITS.logsumexp(1) - 4.6
+"""At each step an end has a probability of one in a hundred."""
+
+
+def completions(targets_T, *, stripped=False):
+    """Rows of tokens that end with END, or after LENGTH; `stripped`: the end is left out of the log."""
+    rows, kept = [], []
+    for at, row in enumerate(trace_rows(targets_T, LENGTH)):
+        ids = row.completion_token_ids
+        ended = END in ids
+        count = ids.index(END) + (not stripped) if ended else LENGTH
+        ids, reason = ids[:count], "stop" if ended else "length"
+        if count:
+            kept += range(at * LENGTH, at * LENGTH + count)
+            rows.append(
+                replace(row, completion_token_ids=ids, completion_logprobs=(0.0,) * count, finish_reason=reason)
+            )
+    return rows, LOGITS[kept]
+
+
+SUPPRESSED = LOGITS.masked_fill(torch.arange(VOCAB) == END, -torch.inf)
+
+
+def judged(rows, logits_TV, *, ends=(END,), sampling=None, **knobs):
+    facts = Facts(vocab=VOCAB, eos_ids=ends)
+    evidence = evidence_of(logits_TV, rows, facts=facts, sampling=sampling)
+    model = EngineModel(dist=evidence.case.processed)
+
+    def by(model):
+        return judge_draws(evidence, model, LimitsConfig(), noise_rms=0.0, token_limit=0.01, **knobs)
+
+    draws = by(model)
+    return draws, origin_of(evidence, draws, model, by) if draws.verdict == "mismatch" else None
+
+
+def test_an_end_token_that_is_never_drawn_is_missed():
+    rows, logits_TV = completions(drawn(SUPPRESSED))
+    expected = float(logits_TV.softmax(1)[:, END].sum())
+    draws, origin = judged(rows, logits_TV)
+    assert draws.verdict == "mismatch" and draws.no_ends
+    assert f"0 of {len(logits_TV)} tokens end a completion, where {expected:.0f} were expected" in draws.why
+    assert origin.id == "S13" and "end tokens" in origin.title and "min_tokens" in origin.fix
+
+
+@pytest.mark.parametrize("stripped", [False, True])
+def test_completions_that_end_as_often_as_they_should_agree(stripped):
+    """Also where the log leaves the end tokens out: the finish reason says that there was one."""
+    draws, _ = judged(*completions(drawn(LOGITS), stripped=stripped))
+    assert draws.verdict == "agree" and not draws.no_ends
+
+
+def test_ends_are_not_counted_where_a_log_could_not_show_them():
+    rows, logits_TV = completions(drawn(SUPPRESSED))
+    unnamed = [replace(rows[0], finish_reason=None), *rows[1:]]
+    assert judged(unnamed, logits_TV)[0].verdict == "agree"
+    assert judged(rows, logits_TV, ends=())[0].verdict == "agree"
+    assert judged(rows, logits_TV, whatever_length=True)[0].verdict == "agree"
+    within, logits_TV = completions(drawn(LOGITS, top_k=3))
+    assert not judged(within, logits_TV, sampling=SamplingParams(top_k=3))[0].no_ends
+
+
+def test_an_aborted_completion_has_not_ended():
+    rows, logits_TV = completions(drawn(SUPPRESSED))
+    assert judged([replace(r, finish_reason="abort") for r in rows], logits_TV)[0].no_ends
+    assert not judged([replace(r, finish_reason="stop") for r in rows], logits_TV)[0].no_ends
+
+
+def test_a_policy_without_a_favourite_is_not_called_greedy():
+    flat_TV = torch.zeros(LENGTH * ROWS, VOCAB, dtype=torch.float64)
+    targets_T = torch.randint(0, VOCAB, (len(flat_TV),), generator=torch.Generator().manual_seed(0))
+    draws, _ = judged(trace_rows(targets_T, LENGTH), flat_TV)
+    assert draws.verdict == "agree" and draws.top_tokens == draws.top_expected == len(flat_TV)
