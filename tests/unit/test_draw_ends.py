@@ -66,6 +66,11 @@ def test_completions_that_end_as_often_as_they_should_agree(stripped):
     assert draws.verdict == "agree" and not draws.no_ends
 
 
+def test_hundreds_of_honest_logs_agree():
+    logs = (completions(drawn(LOGITS, seed=seed), stripped=bool(seed % 2)) for seed in range(100, 300))
+    assert {judged(rows, logits_TV)[0].no_ends for rows, logits_TV in logs} == {False}
+
+
 def test_ends_are_not_counted_where_a_log_could_not_show_them():
     rows, logits_TV = completions(drawn(SUPPRESSED))
     unnamed = [replace(rows[0], finish_reason=None), *rows[1:]]
