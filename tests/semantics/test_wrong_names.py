@@ -1,6 +1,8 @@
 """Faults that once got the name of another one: each with the name that is right, or with none."""
 
+import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -309,3 +311,20 @@ def test_greedy_tokens_whose_logprobs_are_all_0_are_told_from_lost_numbers(model
     report = checked(records, models[dtype], tmp_path)
     assert named(report) == [("S3", "high", "engine")] and "after the argmax" in report.causes[0].title
     assert report.settings[0].draws["verdict"] == "agree"
+
+
+def test_an_end_token_that_the_sampler_never_draws_is_missed_beside_right_numbers(models, dtype, tmp_path):
+    """Sampled with the end suppressed (min_tokens, a banned id), reported raw: every number is right."""
+    end, model = 83, tmp_path / "model"
+    shutil.copytree(models[dtype], model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"eos_token_id": end}))
+
+    def endless(logits_V, done, generator, row):
+        token = drawn(log_softmax(np.where(np.arange(len(logits_V)) == end, -np.inf, logits_V)), generator)
+        return token, log_softmax(logits_V)[token]
+
+    records = records_of(model, rows=64, length=40, dtype=dtype, step=endless)
+    report = checked(edited(records, lambda i, r: r.update(finish_reason="length")), model, tmp_path)
+    assert named(report) == [("S13", "high", "engine")] and "0 of 2560 tokens end" in report.causes[0].evidence
+    assert not {"S6", "S7", "S13"} & {*report.ruled_out, *report.not_seen}

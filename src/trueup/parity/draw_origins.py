@@ -24,6 +24,8 @@ FILTERS: dict[str, tuple[float, ...]] = {
     "min_p": (0.0, 0.02, 0.05, 0.1, 0.2),
 }
 """What draws are compared with to say where they may come from."""
+CHANGE_DRAWS = frozenset({"S3", "S5", "S6", "S7", "S13"})
+"""Causes that can change what tokens are drawn, whatever the numbers beside them say."""
 LIKELIER_NATS = 7.0
 """Another distribution is named only if the tokens are a thousand times more likely under it."""
 IMPOSSIBLE_NATS = 25.0

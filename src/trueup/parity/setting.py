@@ -12,7 +12,7 @@ from trueup.knobs import LimitsConfig
 from trueup.parity.attribution import Attributor
 from trueup.parity.budget import Budget
 from trueup.parity.compare import Residual, residual
-from trueup.parity.draw_origins import origin_of
+from trueup.parity.draw_origins import CHANGE_DRAWS, origin_of
 from trueup.parity.draws import Draws, is_top, judge_draws, not_judged
 from trueup.parity.evidence import ENGINE, EXACT, REFERENCE, TRAINER, EngineModel, Evidence
 from trueup.parity.findings import Attribution
@@ -27,16 +27,8 @@ from trueup.parity.replicas import Divided, divide
 from trueup.parity.report import NOT_TRIED, TRIED, Cause, SettingReport
 from trueup.parity.scorer import Scorer
 from trueup.parity.write_up import (
-    broken_causes,
-    causes_of,
-    edges_of,
-    empty_report,
-    gap_of,
-    in_rows,
-    of_sequences,
-    points_of,
-    unexplained_part,
-)
+    broken_causes, causes_of, edges_of, empty_report, gap_of, in_rows, of_sequences, points_of, unexplained_part,
+)  # fmt: skip
 from trueup.trace import TraceRow
 
 FITTING_ROWS = 0.25
@@ -320,8 +312,8 @@ class SettingJudge:
         """`inside_T` marks the tokens that the causes are about, None for all of them."""
         evidence, verdict, now, limits = seen.evidence, seen.verdict, seen.now, self.limits
         outcome = "mismatch" if causes or seen.mismatch else "agree"
-        why = "; ".join([*seen.reasons, *([draws.why] if draws.verdict == "mismatch" else [])])
-        why = why or "within the predicted floor"
+        reasons = [*seen.reasons, *([draws.why] if draws.verdict == "mismatch" else [])]
+        why = "; ".join(reasons) or "within the predicted floor"
         if outcome == "agree" and not seen.enough:
             outcome, why = "inconclusive", f"{verdict.tokens} tokens are too few ({limits.min_tokens} needed)"
         unmodelled = setting.case.unmodelled
@@ -337,7 +329,7 @@ class SettingJudge:
         elif outcome == "mismatch" and not causes:  # a weak or a combined form of any of them may be behind it
             untested |= {i: TRIED for i in (*found.ruled_out, *found.tried) if untested.get(i) != NOT_TRIED}
             ruled_out = list(INVARIANTS)
-        settled = outcome == "agree" or (outcome == "mismatch" and bool(causes))
+        unseen = found.not_seen if outcome == "agree" or (outcome == "mismatch" and causes) else ()
         visible_rms = (found.judgement if seen.mismatch else verdict).visible_rms
         if draws.verdict == "agree" and outcome != "inconclusive":
             if draws.blind:
@@ -346,7 +338,8 @@ class SettingJudge:
             else:
                 ruled_out.append("S13")
         elif draws.verdict == "mismatch":  # whatever their numbers say of how tokens were drawn
-            ruled_out = [i for i in ruled_out if i not in ("S3", "S5", "S13")]
+            ruled_out = [i for i in ruled_out if i not in CHANGE_DRAWS]
+            unseen = tuple(i for i in unseen if i not in CHANGE_DRAWS)
         elif draws.verdict == "not judged" and setting.case.drawn:
             untested["S13"] = draws.why
         label = setting.case.label()
@@ -381,7 +374,7 @@ class SettingJudge:
             ambiguous=found.ambiguous if outcome == "mismatch" else (),
             ruled_out=tuple(ruled_out),
             untested=untested,
-            not_seen=dict.fromkeys(found.not_seen, visible_rms) if settled else {},
+            not_seen=dict.fromkeys(unseen, visible_rms),
             visible_rms=visible_rms,
             kept_mass=float(scores.log_kept_mass_T.double().exp().mean()) if setting.case.processed.truncates else None,
             draws=draws.as_dict(),
