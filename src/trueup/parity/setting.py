@@ -27,7 +27,15 @@ from trueup.parity.replicas import Divided, divide
 from trueup.parity.report import NOT_TRIED, TRIED, Cause, SettingReport
 from trueup.parity.scorer import Scorer
 from trueup.parity.write_up import (
-    broken_causes, causes_of, edges_of, empty_report, gap_of, in_rows, of_sequences, points_of, unexplained_part,
+    broken_causes,
+    causes_of,
+    edges_of,
+    empty_report,
+    gap_of,
+    in_rows,
+    of_sequences,
+    points_of,
+    unexplained_part,
 )  # fmt: skip
 from trueup.trace import TraceRow
 
