@@ -337,7 +337,7 @@ class SettingJudge:
         elif outcome == "mismatch" and not causes:  # a weak or a combined form of any of them may be behind it
             untested |= {i: TRIED for i in (*found.ruled_out, *found.tried) if untested.get(i) != NOT_TRIED}
             ruled_out = list(INVARIANTS)
-        unseen = found.not_seen if outcome == "agree" or (outcome == "mismatch" and causes) else ()
+        unseen = list(found.not_seen) if outcome == "agree" or (outcome == "mismatch" and causes) else []
         visible_rms = (found.judgement if seen.mismatch else verdict).visible_rms
         if draws.verdict == "agree" and outcome != "inconclusive":
             if draws.blind:
@@ -346,8 +346,7 @@ class SettingJudge:
             else:
                 ruled_out.append("S13")
         elif draws.verdict == "mismatch":  # whatever their numbers say of how tokens were drawn
-            ruled_out = [i for i in ruled_out if i not in CHANGE_DRAWS]
-            unseen = tuple(i for i in unseen if i not in CHANGE_DRAWS)
+            ruled_out, unseen = ([i for i in ids if i not in CHANGE_DRAWS] for ids in (ruled_out, unseen))
         elif draws.verdict == "not judged" and setting.case.drawn:
             untested["S13"] = draws.why
         label = setting.case.label()
