@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from trueup.env import wait_passively
 
 wait_passively()  # before any test loads torch
+hypothesis.settings.register_profile("house", deadline=None)  # a busy machine fails no test
+hypothesis.settings.load_profile("house")
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).resolve().parent / "data"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -22,7 +23,9 @@ ONE_SIDED = 0.9
 MIN_ZEROS = 2
 MAX_ALLOWED_MASS = 0.95
 MAX_NEW_IDS = 0.15
-"""Of a grammar of thirty ids a hundred tokens leave few unseen; of a filter that changes with the context, a third."""
+"""Of a grammar of thirty ids a hundred tokens leave few unseen; of a filter that changes with the context, a third.
+More than this, by STANDARD_ERRORS of the share, speaks against a grammar."""
+STANDARD_ERRORS = 2.0
 
 
 FILTERS = ("top_p", "top_k", "min_p")
@@ -90,12 +93,15 @@ def _another_field(evidence: Evidence, variant: Variant, step: float) -> list[Va
     return found
 
 
-def _new_ids(evidence: Evidence, whole: Evidence) -> float:
-    """Share of the tokens of the other rows whose ids these rows do not hold: a few allowed ids would soon be known."""
+def _goes_on(evidence: Evidence, whole: Evidence) -> bool:
+    """Whether the other rows go on drawing ids that these rows do not hold: a few allowed ids would soon be known."""
     lines = set(evidence.tokens.lines)
     other_T = torch.tensor([whole.tokens.lines[int(row)] not in lines for row in whole.tokens.row_T])
     others_T = whole.tokens.targets_T[other_T]
-    return float((~torch.isin(others_T, evidence.tokens.targets_T)).double().mean()) if len(others_T) else 1.0
+    if not len(others_T):
+        return True
+    share = float((~torch.isin(others_T, evidence.tokens.targets_T)).double().mean())
+    return share - STANDARD_ERRORS * math.sqrt(share * (1 - share) / len(others_T)) > MAX_NEW_IDS
 
 
 def _grammar(evidence: Evidence, model: EngineModel) -> list[Variant]:
@@ -106,7 +112,7 @@ def _grammar(evidence: Evidence, model: EngineModel) -> list[Variant]:
     residual_T = render(whole, model) - whole.tokens.engine_T
     residual_T = residual_T[torch.isfinite(residual_T)]
     allowed = tuple(torch.unique(whole.tokens.targets_T).tolist())
-    if _new_ids(evidence, whole) > MAX_NEW_IDS:
+    if _goes_on(evidence, whole):
         return []
     mass = float(whole.mass(model.source, model.dist.temperature, allowed).mean())
     if not len(residual_T) or float((residual_T < 1e-3).double().mean()) < ONE_SIDED or mass > MAX_ALLOWED_MASS:
