@@ -328,3 +328,16 @@ def test_an_end_token_that_the_sampler_never_draws_is_missed_beside_right_number
     report = checked(edited(records, lambda i, r: r.update(finish_reason="length")), model, tmp_path)
     assert named(report) == [("S13", "high", "engine")] and "0 of 2560 tokens end" in report.causes[0].evidence
     assert not {"S6", "S7", "S13"} & {*report.ruled_out, *report.not_seen}
+
+
+def test_an_appended_end_says_nothing_of_how_the_others_were_drawn(models, dtype, tmp_path):
+    """Its surprise of ten nats and more in each completion would be draws at another temperature."""
+    rarest = 5
+
+    def ended(row, record):
+        record["completion_token_ids"][-1], record["completion_logprobs"][-1] = rarest, 0.0
+
+    model = models[dtype]
+    report = checked(edited(records_of(model, rows=40, length=16, dtype=dtype), ended), model, tmp_path)
+    assert named(report) == [("T7", "high", "log")]
+    assert report.settings[0].draws["verdict"] == "agree" and report.settings[0].draws["tokens"] == 40 * 15

@@ -74,7 +74,7 @@ def test_a_tiled_row_does_not_depend_on_its_neighbours(dist):
 
 @pytest.mark.slow
 @given(noise=st.floats(0, 1, exclude_max=True), seed=st.integers(0, 20))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_token_is_where_the_cumulative_distribution_passes_the_noise(noise, seed):
     hidden, weight = states(count=1, vocab=5000, seed=seed)
     dist = Distribution(temperature=0.8, top_p=0.95)

@@ -232,7 +232,7 @@ def test_nucleus_wider_than_the_first_guess_is_sorted_whole():
 
 
 @given(seed=st.integers(0, 10_000), shift=st.floats(-50, 50), dist=st.sampled_from(DISTRIBUTIONS[:8]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_constant_added_to_all_logits_changes_nothing(seed, shift, dist):
     hidden, weight, targets, _ = batch(seed=seed)
     plain = token_scores(hidden, Head(weight_VD=weight), targets, dist=dist)
@@ -243,7 +243,7 @@ def test_a_constant_added_to_all_logits_changes_nothing(seed, shift, dist):
 
 
 @given(seed=st.integers(0, 10_000), order=st.randoms(use_true_random=False))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_permuting_tokens_permutes_scores(seed, order):
     hidden, weight, targets, _ = batch(seed=seed, tokens=17)
     permutation = list(range(17))

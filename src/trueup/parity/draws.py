@@ -22,7 +22,7 @@ from torch import Tensor
 from trueup.knobs import LimitsConfig
 from trueup.parity.draw_ends import missing_ends
 from trueup.parity.draw_parts import Drawn, OddPart, contexts, odd_parts
-from trueup.parity.evidence import EngineModel, Evidence
+from trueup.parity.evidence import EngineModel, Evidence, skipped
 from trueup.parity.floor import normal_quantile
 from trueup.policy.logprobs import TokenScores
 
@@ -236,10 +236,11 @@ def top_count_chance(chance_T: Tensor, seen: int) -> float:
 def independent(evidence: Evidence, model: EngineModel, limits: LimitsConfig) -> tuple[Tensor, int, bool]:
     """(tokens that count as draws [T], copies, whether chance rules shared beginnings out).
 
-    Copies do not count if chance rules them out, or at temperature 0. Otherwise a completion that repeats another one
-    is a draw like any other; without it, the remaining ones would be too surprising. Two completions of a prompt share
-    a given beginning with its own probability, so that the chance of any shared beginning as unlikely as p, among n
-    pairs, is at most n p.
+    Tokens that the model says nothing about were appended, or made by other weights, and do not count. Copies do not
+    count if chance rules them out, or at temperature 0. Otherwise a completion that repeats another one is a draw like
+    any other; without it, the remaining ones would be too surprising. Two completions of a prompt share a given
+    beginning with its own probability, so that the chance of any shared beginning as unlikely as p, among n pairs, is
+    at most n p.
     """
     tokens = evidence.tokens
     counts = torch.bincount(tokens.row_T, minlength=len(tokens.prompts)).tolist()
@@ -261,7 +262,10 @@ def independent(evidence: Evidence, model: EngineModel, limits: LimitsConfig) ->
     rate = limits.false_alarm_rate / STATISTICS
     ruled_out = pairs > 0 and least_likely < math.log(rate / pairs) and evidence.case.sampling.temperature > 0
     counts_all = not ruled_out and evidence.case.sampling.temperature > 0
-    return torch.tensor(fresh) | counts_all, copies, ruled_out
+    fresh_T = torch.tensor(fresh) | counts_all
+    if model.skip is not None:
+        fresh_T &= ~skipped(tokens, model.skip)
+    return fresh_T, copies, ruled_out
 
 
 def shared_beginning(first: Sequence[int], second: Sequence[int]) -> int:

@@ -283,8 +283,7 @@ class SettingJudge:
         return far if 1 < len(far) <= (1 - FITTING_ROWS) * len(seen.rows) else []
 
     def _draws(self, seen: Seen, found: Attribution, inside_T: Tensor | None) -> tuple[Draws, Cause | None]:
-        """Judge the tokens as draws, from the distribution that explains their numbers; where that is about some rows
-        only (`inside_T`), the others, as declared."""
+        """Judge tokens as draws from what explains their numbers; if that is about some rows (`inside_T`), others."""
         case, evidence = seen.evidence.case, seen.evidence
         if not case.drawn:
             return not_judged("these tokens are judged as draws elsewhere"), None
@@ -297,7 +296,8 @@ class SettingJudge:
         if inside_T is not None:
             odd = set(seen.now.row_T[inside_T].tolist())
             evidence = self.scorer.evidence(case, [r for i, r in enumerate(seen.rows) if i not in odd])
-        model = EngineModel(dist=found.model.dist if redrawn else case.processed, source=source)
+        skip = found.model.skip if inside_T is None else None
+        model = EngineModel(dist=found.model.dist if redrawn else case.processed, source=source, skip=skip)
 
         def judged(by: EngineModel) -> Draws:
             return judge_draws(
@@ -306,7 +306,7 @@ class SettingJudge:
 
         draws = judged(model)
         if draws.verdict == "mismatch" and any(f.hypothesis.may_redraw for f in found.findings):
-            reported = EngineModel(dist=found.model.dist, source=source)
+            reported = replace(model, dist=found.model.dist)
             draws = again if (again := judged(reported)).verdict == "agree" else draws
         if seen.mismatch and not (found.findings and found.judgement.within):
             said = "fit the declared distribution" if draws.verdict == "agree" else "do not fit it either"
