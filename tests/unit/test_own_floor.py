@@ -8,11 +8,13 @@ from tests.table_kit import drawn, evidence_of, logits_of, trace_rows
 
 from trueup.knobs import LimitsConfig
 from trueup.parity.attribution import Attributor
-from trueup.parity.evidence import EXACT
+from trueup.parity.evidence import EXACT, EngineModel
 from trueup.parity.floor import predict
+from trueup.parity.grouping import Setting
 from trueup.parity.hypotheses import Hypothesis, Variant
 from trueup.parity.hypotheses.configuration import DENSE, every_neighbour
 from trueup.parity.scorer import Arithmetic, Scorer
+from trueup.parity.setting import SettingJudge
 from trueup.policy.processing import Distribution
 
 LENGTH, ROWS = 25, 16
@@ -93,6 +95,22 @@ def test_a_changed_model_is_run_in_the_precision_that_is_asked_for(tiny_model):
     assert torch.equal(exact, reference) and torch.equal(trainer, engine)
     rounding, change = ((a - exact).square().mean().sqrt() for a in (engine, intact))
     assert 0 < 20 * rounding < change
+
+
+@pytest.mark.parametrize("body", [torch.float32, torch.bfloat16])
+def test_an_imitated_rounding_is_held_against_the_trainer_s(tiny_model, body):
+    """It runs in float32 alone, so that it has no rounding of its own in another precision."""
+    side = Arithmetic(body=body, head=torch.float32)
+    rows = trace_rows(torch.randint(0, 50, (120,), generator=torch.Generator().manual_seed(0)), 30)
+    setting = Setting(case=evidence_of(INTACT, rows).case, rows=tuple(rows))
+    judge = SettingJudge(Scorer(path=tiny_model, trainer=side, engine=side), LimitsConfig())
+    imitated, altered = (
+        EngineModel(dist=Distribution(), source=replace(EXACT, simulation=(name, value)))
+        for name, value in (("residual_truncated", 0.0), ("window", 4.0))
+    )
+    intact = judge.floor(setting, EngineModel(dist=Distribution()))
+    assert judge.floor(setting, imitated) == intact
+    assert judge.floor(setting, altered).engine_rms != intact.engine_rms
 
 
 @pytest.mark.parametrize(("value", "first", "last"), [(16, 11, 21), (8, 5, 11), (1, 2, 2), (256, 171, 336)])

@@ -79,9 +79,9 @@ def test_noise_and_lost_numbers_are_no_hidden_defaults():
 
 def test_nondeterminism_beside_stale_weights_stays_named():
     stale = report("temperature=1", cause("W1", layer="weights", explained=0.97))
-    assert ids(verdicts.not_explained_by([stale], [cause("I15", layer="inference")])) == ["I15"]
+    assert ids(verdicts.not_explained_by([stale], [cause("I15", layer="inference")], [])) == ["I15"]
     lost = report("temperature=1", cause("S9", explained=0.97))
-    assert verdicts.not_explained_by([lost], [cause("I15", layer="inference")]) == []
+    assert verdicts.not_explained_by([lost], [cause("I15", layer="inference")], []) == []
 
 
 def test_a_sampling_cause_is_kept_where_it_leaves_what_the_scores_are_off_by():
@@ -184,4 +184,13 @@ def test_a_cached_prompt_is_off_only_if_it_moves_numbers_further_than_another_ba
 @pytest.mark.parametrize(("share", "kept"), [(0.8, []), (0.6, ["I3"])])
 def test_coarse_rounding_accounts_for_what_batches_move_though_no_pass_repeats_all_of_it(share, kept):
     plain = report("temperature=1", cause("I6", layer="inference", explained=share), left=0.03)
-    assert ids(verdicts.not_explained_by([plain], [cause("I3", layer="inference")])) == kept
+    assert ids(verdicts.not_explained_by([plain], [cause("I3", layer="inference")], [])) == kept
+
+
+@pytest.mark.parametrize(("own_floor", "kept"), [(0.4, []), (0.05, ["I3"])])
+def test_batch_noise_that_a_broken_model_amplifies_is_no_cause_of_its_own(own_floor, kept):
+    """A rotary table of ones makes SmolLM2 round twenty times as coarsely: its batches differ by as much."""
+    plain = report("temperature=1", cause("W5", layer="weights", explained=0.99))
+    plain = replace(plain, fixed={"rms": 0.3, "floor_rms": own_floor})
+    probes = [probe("repeat", 0.0), probe("batch, scored", 0.3)]
+    assert ids(verdicts.not_explained_by([plain], [cause("I3", layer="inference")], probes)) == kept

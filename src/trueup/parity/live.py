@@ -241,7 +241,7 @@ class LiveCheck:
             if given is None and judged.found is not None and not judged.found.model.source.plain:
                 given = judged.found
         before = self.causes
-        kept = verdicts.not_explained_by(reports, before)
+        kept = verdicts.not_explained_by(reports, before, self.probes)
         kept = verdicts.hidden_defaults(self.probes, reports, kept, drawn_apart=self.drawn_apart)
         if any(c.id == "S5" for c in kept):  # what the engine adds to requests is why tokens are drawn otherwise
             reports = [replace(r, causes=tuple(c for c in r.causes if c.subject != "draws")) for r in reports]

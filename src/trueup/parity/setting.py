@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from trueup.errors import ModelError, NumericsError
 from trueup.knobs import LimitsConfig
 from trueup.parity.attribution import Attributor
 from trueup.parity.budget import Budget
@@ -137,23 +138,21 @@ class SettingJudge:
         """The floor under a model, from the setting's own tokens: its distribution, and the rounding of its source."""
         scorer = self.scorer
         evidence = scorer.evidence(setting.case, reference_rows(scorer, usable_rows(setting)))
-        trainer, engine, reference = (
-            evidence.scores(replace(model.source, precision=s.precision), model.dist).logprobs_T
-            for s in (TRAINER, ENGINE, REFERENCE)
-        )
+        sources = [replace(model.source, precision=s.precision) for s in (TRAINER, ENGINE, REFERENCE)]
+        try:
+            trainer, engine, reference = (evidence.scores(source, model.dist).logprobs_T for source in sources)
+        except (ModelError, NumericsError):
+            if model.source.plain:
+                raise
+            return self.floor(setting, replace(model, source=TRAINER))  # an imitated rounding has float32 only
         basis = (
             f"trainer ({scorer.trainer.title()}) and engine ({scorer.engine.title()}) against "
             f"{scorer.reference.title()}, taken as independent"
         )
         return predict(
-            trainer,
-            engine,
-            reference,
-            row_T=evidence.tokens.row_T,
-            basis=basis,
-            min_floor=self.limits.min_floor,
+            trainer, engine, reference, row_T=evidence.tokens.row_T, basis=basis, min_floor=self.limits.min_floor,
             lines=evidence.tokens.lines,
-        )
+        )  # fmt: skip
 
     def judge(
         self, setting: Setting, *, given: Attribution | None = None, excluded: frozenset[str] = frozenset()

@@ -146,16 +146,22 @@ def in_few_rows(report: SettingReport) -> bool:
     return isinstance(floor, float) and bool(rows) and statistics.median(rows) <= floor
 
 
-def not_explained_by(reports: Sequence[SettingReport], causes: Sequence[Cause]) -> list[Cause]:
+def not_explained_by(
+    reports: Sequence[SettingReport], causes: Sequence[Cause], probes: Sequence[Probed]
+) -> list[Cause]:
     """Leave out what a probe saw of the engine's noise where it comes with a cause that was found: numbers lost at
-    random on their way differ each time, and coarse rounding turns the noise of a batch into steps."""
+    random on their way differ each time, coarse rounding turns the noise of a batch into steps, and a model that a
+    cause makes may amplify it (what is left of the gap is held against that model's own rounding)."""
     plain = next((r for r in reports if r.label == "temperature=1"), None)
     if plain is None or not plain.causes:
         return list(causes)
     ids = {c.id for c in plain.causes}
     needed = COARSE_SHARE if ids & COARSE else NEARLY_ALL
     whole = plain.unexplained is None or sum(c.explained or 0.0 for c in plain.causes) >= needed
-    void = VOIDING if ids & IN_REPORTING else {"I3"} if ids & COARSE else set()
+    own_floor = (plain.fixed or {}).get("floor_rms")
+    batch_rms = max((p.gap.rms for p in probes if p.name.startswith("batch") and p.gap is not None), default=0.0)
+    amplified = isinstance(own_floor, float) and batch_rms <= SELF_LIMIT * own_floor
+    void = VOIDING if ids & IN_REPORTING else {"I3"} if ids & COARSE or amplified else set()
     return [c for c in causes if not whole or c.id not in void]
 
 
