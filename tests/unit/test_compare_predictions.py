@@ -1,15 +1,18 @@
 """parity/compare.py: what a prediction leaves, and whether it is better, follows the engine, drifts or would show."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from scipy.stats import kruskal
 from tests.table_kit import drawn, evidence_of, logits_of, trace_rows
 
 from trueup.knobs import LimitsConfig
 from trueup.parity.compare import (
     INFEASIBLE_NATS,
     Residual,
+    _chance_of_ranks,
     clearly_better,
     drifts,
     log_likelihood,
@@ -141,10 +144,28 @@ def test_a_remainder_that_is_larger_in_one_third_of_completions_drifts(factor, d
     size_T = torch.where(part_T == third, factor * 0.1, 0.1).double()
     size_T[::2] *= -1
     every = torch.ones(TOKENS, dtype=torch.bool)
-    assert drifts(evidence, Residual(residual_T=size_T, usable_T=every, edge_T=~every, row_T=ROW)) == drifting
+    gap = Residual(residual_T=torch.ones(TOKENS).double(), usable_T=every, edge_T=~every, row_T=ROW)
+    remainder = replace(gap, residual_T=size_T)
+    assert drifts(evidence, gap, remainder) == drifting
+    assert not drifts(evidence, replace(gap, residual_T=3 * size_T), remainder), "a third of the gap everywhere"
     some = every & ((part_T != 1) | (torch.arange(TOKENS) < 2 * LENGTH))
     assert int((some & (part_T == 1)).sum()) < 16
-    assert not drifts(evidence, Residual(residual_T=size_T, usable_T=some, edge_T=~some, row_T=ROW)), "too few to say"
+    assert not drifts(evidence, gap, replace(remainder, usable_T=some, edge_T=~some)), "too few to say"
+
+
+def test_one_far_token_of_a_heavy_tail_is_no_drift():
+    """Rounding to 8 bits leaves a tenth of a nat, and now and then half a nat."""
+    evidence = evidence_with(numbers())
+    every = torch.ones(TOKENS, dtype=torch.bool)
+    sizes_T = 0.1 * torch.rand(TOKENS, generator=torch.Generator().manual_seed(0)).double()
+    sizes_T[9] = 3.0
+    gap = Residual(residual_T=torch.ones(TOKENS).double(), usable_T=every, edge_T=~every, row_T=ROW)
+    assert not drifts(evidence, gap, replace(gap, residual_T=sizes_T))
+
+
+def test_ranks_are_compared_as_kruskal_and_wallis_do():
+    parts = [torch.randn(n, generator=torch.Generator().manual_seed(n)).double() + n / 30 for n in (20, 30, 45)]
+    assert _chance_of_ranks(parts) == pytest.approx(kruskal(*(p.numpy() for p in parts)).pvalue)
 
 
 def shows(*temperatures, rms=0.01):

@@ -326,7 +326,8 @@ class Attributor:
         changes as it goes: what that leaves depends on the position."""
         res = self.held_residual(candidate.model)
         most = self.held_loss(candidate.model) < (1 - COSTLY_SHARE) * self.held_loss(self.base)
-        return compare.tracks(self.held, res) and (most or not compare.drifts(self.held, res))
+        drifts = compare.drifts(self.held, self.held_residual(self.base), res)
+        return compare.tracks(self.held, res) and (most or not drifts)
 
     def _needed(self, candidate: Candidate) -> bool:
         """Whether leaving out either edit of a pair fits clearly worse on the held-back half."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,8 +19,9 @@ INFEASIBLE_NATS = 3.0
 TRACKING_CORRELATION = 0.95
 """Correlation of predicted and reported logprobs below which an incomplete explanation explains nothing."""
 DRIFT, DRIFT_TOKENS = 2.0, 16
-"""An incomplete cause is not named if its remainder is so many times as large in one third of the completions as in
-another."""
+"""An incomplete cause is not named if its remainder, and the share that this is of the gap, are so many times as large
+in one third of the completions as in another, and if chance makes sizes that uneven in one of CHANCE cases."""
+CHANCE = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,13 +119,32 @@ def tracks(evidence: Evidence, left: Residual) -> bool:
     return pair.shape[1] > 2 and float(torch.corrcoef(pair)[0, 1]) > TRACKING_CORRELATION
 
 
-def drifts(evidence: Evidence, left: Residual) -> bool:
-    """Whether what a prediction leaves depends on the position in the completion."""
+def drifts(evidence: Evidence, before: Residual, left: Residual) -> bool:
+    """Whether what a prediction leaves depends on the position in the completion, and otherwise than the gap before
+    it did: an error that grows as it goes leaves a share of it everywhere.
+
+    Few tokens with a heavy tail differ by their largest one alone: Kruskal and Wallis (1952) compare ranks.
+    """
     position_T = evidence.tokens.position_T.double()
     cuts = position_T.quantile(torch.tensor([1 / 3, 2 / 3], dtype=torch.float64))
     part_T = torch.bucketize(position_T, cuts)
-    parts = [left.residual_T[left.usable_T & (part_T == part)] for part in range(3)]
-    if min(map(len, parts)) < DRIFT_TOKENS:
+    both_T = before.usable_T & left.usable_T
+    parts = [both_T & (part_T == part) for part in range(3)]
+    if min(int(part.sum()) for part in parts) < DRIFT_TOKENS:
         return False
-    sizes = [float(part.square().mean()) for part in parts]
-    return max(sizes) > DRIFT**2 * max(min(sizes), 1e-300)
+
+    def uneven(sizes: Sequence[float]) -> bool:
+        return max(sizes) > DRIFT**2 * max(min(sizes), 1e-300)
+
+    gap, rest = ([float(r.residual_T[part].square().mean()) for part in parts] for r in (before, left))
+    shares = [r / max(g, 1e-300) for r, g in zip(rest, gap, strict=True)]
+    return uneven(rest) and uneven(shares) and _chance_of_ranks([left.residual_T[p].abs() for p in parts]) < 1 / CHANCE
+
+
+def _chance_of_ranks(parts: Sequence[Tensor]) -> float:
+    """How often three samples of one distribution have ranks as uneven as these (chi squared of two degrees)."""
+    sizes = [len(part) for part in parts]
+    tokens = sum(sizes)
+    rank_T = torch.cat(list(parts)).argsort().argsort().double() + 1
+    squares = sum(float(own.sum()) ** 2 / len(own) for own in rank_T.split(sizes))
+    return math.exp(-(12 / (tokens * (tokens + 1)) * squares - 3 * (tokens + 1)) / 2)
