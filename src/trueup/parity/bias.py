@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from trueup.parity.evidence import EngineModel, Evidence, render
+from trueup.parity.evidence import EngineModel, Evidence, of_other_rows, render
 from trueup.parity.hypotheses import Variant
 
 EXPECTED_OFTEN = 6.0
@@ -73,9 +73,7 @@ def _repeated(whole: Evidence, fit: Evidence, off_T: torch.Tensor, ids: tuple[in
 
     An id that is favoured is favoured wherever it is drawn; numbers that are off at random are not off again.
     """
-    lines = set(fit.tokens.lines)
-    other_T = torch.tensor([whole.tokens.lines[int(row)] not in lines for row in whole.tokens.row_T])
-    at_T = other_T & torch.isin(whole.tokens.targets_T, torch.tensor(ids)) & torch.isfinite(off_T)
+    at_T = of_other_rows(whole, fit) & torch.isin(whole.tokens.targets_T, torch.tensor(ids)) & torch.isfinite(off_T)
     raised = off_T[at_T] < -OFFSET_NATS
     return int(at_T.sum()) >= MIN_REPEATS and float(raised.double().mean()) >= REPEATED_SHARE
 

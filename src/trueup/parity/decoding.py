@@ -24,7 +24,7 @@ from trueup.trace import TraceRow
 
 CONTEXTS = 32
 PARTS = (0.5, 1.0, 0.25, 0.75)
-"""Where completions are cut, until there are CONTEXTS: the parts of each that stay, but for one token at least."""
+"""Each completion is cut after these parts of it (before its last token at the latest), until there are CONTEXTS."""
 EARLIEST = 4
 """Contexts are cut this many tokens into a completion at the earliest."""
 STANDARD_ERRORS = 4.0

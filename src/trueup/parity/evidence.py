@@ -286,6 +286,12 @@ def render(evidence: Evidence, model: EngineModel) -> Tensor:
     return values_T
 
 
+def of_other_rows(whole: Evidence, part: Evidence) -> Tensor:
+    """True for the tokens of `whole` whose rows are not in `part`, [T]."""
+    lines = set(part.tokens.lines)
+    return torch.tensor([whole.tokens.lines[int(row)] not in lines for row in whole.tokens.row_T])
+
+
 def _biased(evidence: Evidence, model: EngineModel, values_T: Tensor) -> Tensor:
     """Logprobs after a bias b on the logits of some ids: p e^b / (1 + P (e^b - 1)), P the mass of those ids."""
     assert model.bias is not None

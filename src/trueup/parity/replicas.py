@@ -36,8 +36,8 @@ class Divided:
 def divide(rows: Sequence[TraceRow], now: Residual, floor: Floor, limits: LimitsConfig) -> Divided | None:
     """Judge each replica apart; None unless some are good and some are not.
 
-    A replica with too few tokens counts as neither. A replica that is no farther off than the worst of the good ones
-    is not bad.
+    Replicas with too few tokens to judge are left out. A replica is bad only if it is farther off than the worst good
+    one.
     """
     names = [r.replica or "" for r in rows]
     if len(set(names)) < 2:

@@ -98,7 +98,7 @@ def empty_report(setting: Setting, verdict: str, why: str, causes: tuple[Cause, 
 
 
 def in_rows(rows: Sequence[TraceRow], odd: Sequence[int]) -> str:
-    """Say which rows a cause affects, and how they end if they alone end that way."""
+    """Name the rows that a cause affects, and their finish reason if no other row has it."""
     lines = ", ".join(str(rows[i].line) for i in odd[:SHOWN]) + (", ..." if len(odd) > SHOWN else "")
     ends = {rows[i].finish_reason for i in odd}
     others = {r.finish_reason for i, r in enumerate(rows) if i not in set(odd)}

@@ -35,6 +35,7 @@ WORDS = {
 """Titles and fixes of cases that differ from the usual one."""
 PADDED = tuple(2**k for k in range(11))
 DENSE = 16
+"""Windows that are tried around the best one."""
 OCTAVE = 1.4
 """A step of 1 multiplies or divides a number by this; rotary bases are searched ten times as widely."""
 
@@ -165,7 +166,7 @@ def whole_neighbours(value: float, step: float) -> list[int]:
 
 
 def every_neighbour(value: float) -> list[int]:
-    """Whole numbers up to a third away, DENSE of them: the window that fits is alone, with nothing that leads there."""
+    """Up to DENSE whole numbers, at most a third away. Windows beside the right one fit no better than distant ones."""
     distance = max(1, round(value / 3))
     stride = -(-2 * distance // DENSE)
     return [n for n in range(int(value) - distance, int(value) + distance + 1, stride) if n > 0 and n != value]

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from trueup.parity.evidence import EngineModel, Evidence, render
+from trueup.parity.evidence import EngineModel, Evidence, of_other_rows, render
 from trueup.parity.hypotheses import Hypothesis, Variant
 
 GRIDS: dict[str, tuple[float, ...]] = {
@@ -95,9 +95,7 @@ def _another_field(evidence: Evidence, variant: Variant, step: float) -> list[Va
 
 def _goes_on(evidence: Evidence, whole: Evidence) -> bool:
     """Whether the other rows go on drawing ids that these rows do not hold: a few allowed ids would soon be known."""
-    lines = set(evidence.tokens.lines)
-    other_T = torch.tensor([whole.tokens.lines[int(row)] not in lines for row in whole.tokens.row_T])
-    others_T = whole.tokens.targets_T[other_T]
+    others_T = whole.tokens.targets_T[of_other_rows(whole, evidence)]
     if not len(others_T):
         return True
     share = float((~torch.isin(others_T, evidence.tokens.targets_T)).double().mean())
