@@ -163,6 +163,7 @@ class SettingJudge:
         shown not to be there.
         """
         broken = broken_causes(setting.rows, setting.case)
+        excluded |= {"S6"} if setting.case.unmodelled else set()  # what it was told may change logits as S6 does
         rows = usable_rows(setting)
         if not rows:
             verdict_now = "mismatch" if broken else "inconclusive"
