@@ -341,3 +341,17 @@ def test_an_appended_end_says_nothing_of_how_the_others_were_drawn(models, dtype
     report = checked(edited(records_of(model, rows=40, length=16, dtype=dtype), ended), model, tmp_path)
     assert named(report) == [("T7", "high", "log")]
     assert report.settings[0].draws["verdict"] == "agree" and report.settings[0].draws["tokens"] == 40 * 15
+
+
+@pytest.mark.parametrize(("slope", "length"), [(0.02, 40), (0.05, 20), (0.05, 40)])
+def test_a_temperature_that_grows_with_the_position_gets_no_name(models, dtype, tmp_path, slope, length):
+    """Its average fits all tokens a little: too hot for the first third of completions, too cold for the last."""
+
+    def heated(logits_V, done, generator, row):
+        logprobs_V = log_softmax(logits_V / (1 + slope * len(done)))
+        token = drawn(logprobs_V, generator)
+        return token, logprobs_V[token]
+
+    records = records_of(models[dtype], rows=16, dtype=dtype, length=length, step=heated, sampling=EVERY)
+    report = checked(records, models[dtype], tmp_path)
+    assert report.exit_code == 1 and not report.causes and report.settings[0].unexplained is not None

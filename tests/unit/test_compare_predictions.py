@@ -17,6 +17,7 @@ from trueup.parity.compare import (
     drifts,
     log_likelihood,
     loss,
+    number_moves,
     residual,
     separation,
     tracks,
@@ -146,11 +147,13 @@ def test_a_remainder_that_is_larger_in_one_third_of_completions_drifts(factor, d
     every = torch.ones(TOKENS, dtype=torch.bool)
     gap = Residual(residual_T=torch.ones(TOKENS).double(), usable_T=every, edge_T=~every, row_T=ROW)
     remainder = replace(gap, residual_T=size_T)
-    assert drifts(evidence, gap, remainder) == drifting
-    assert not drifts(evidence, replace(gap, residual_T=3 * size_T), remainder), "a third of the gap everywhere"
+    assert drifts(evidence, gap, remainder, fitted=False) == drifts(evidence, gap, remainder, fitted=True) == drifting
+    grown = replace(gap, residual_T=3 * size_T)
+    assert not drifts(evidence, grown, remainder, fitted=False), "a third of the gap everywhere"
+    assert drifts(evidence, grown, remainder, fitted=True) == drifting, "a number may be the average of one that moves"
     some = every & ((part_T != 1) | (torch.arange(TOKENS) < 2 * LENGTH))
     assert int((some & (part_T == 1)).sum()) < 16
-    assert not drifts(evidence, gap, replace(remainder, usable_T=some, edge_T=~some)), "too few to say"
+    assert not drifts(evidence, gap, replace(remainder, usable_T=some, edge_T=~some), fitted=True), "too few to say"
 
 
 def test_one_far_token_of_a_heavy_tail_is_no_drift():
@@ -160,7 +163,25 @@ def test_one_far_token_of_a_heavy_tail_is_no_drift():
     sizes_T = 0.1 * torch.rand(TOKENS, generator=torch.Generator().manual_seed(0)).double()
     sizes_T[9] = 3.0
     gap = Residual(residual_T=torch.ones(TOKENS).double(), usable_T=every, edge_T=~every, row_T=ROW)
-    assert not drifts(evidence, gap, replace(gap, residual_T=sizes_T))
+    assert not drifts(evidence, gap, replace(gap, residual_T=sizes_T), fitted=False)
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "moving"), [(-1.0, 1.0, True), (1.0, -1.0, True), (1.0, 1.0, False), (0.0, 2.0, False)]
+)
+def test_a_number_that_is_too_small_at_one_end_and_too_large_at_the_other_moves(start, end, moving):
+    """Residuals of a number that is off by `start` at first and by `end` at last, and of its two neighbours."""
+    evidence, every = evidence_with(numbers()), torch.ones(TOKENS, dtype=torch.bool)
+    share_T = (torch.arange(TOKENS) % LENGTH) / (LENGTH - 1)
+    off_T = start + (end - start) * share_T + 0.5 * torch.randn(TOKENS, generator=torch.Generator().manual_seed(0))
+    slope_T = torch.randn(TOKENS, generator=torch.Generator().manual_seed(1)).double()
+
+    def left(number):
+        return Residual(residual_T=(number - off_T) * slope_T, usable_T=every, edge_T=~every, row_T=ROW)
+
+    assert number_moves(evidence, left(-0.2), left(0.2)) == moving
+    few = every & (torch.arange(TOKENS) < 40)
+    assert not number_moves(evidence, replace(left(-0.2), usable_T=few), left(0.2)), "too few to say"
 
 
 def test_ranks_are_compared_as_kruskal_and_wallis_do():

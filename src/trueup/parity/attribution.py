@@ -170,7 +170,7 @@ class Attributor:
             if self.budget.over:
                 self.unfinished.add(hypothesis.id)
                 break
-            closer = list(hypothesis.refine(evidence, Variant(model=best.model, detail=best.path[-1].detail), step))
+            closer = list(best.path[-1].neighbours(evidence, step))
             self._prefetch(evidence, closer)
             ranked = [c for v in closer if (c := self._candidate(evidence, start, hypothesis, v)) is not None]
             following = min(ranked, key=lambda c: c.fit_loss, default=None)
@@ -244,11 +244,9 @@ class Attributor:
         carried = Candidate(model=model, path=edits, fit_loss=self._fit_loss(model))
         if self.held_judgement(model).within:
             return carried
-        on_top = [c for c in self._expand(carried, self.cheap)[:BEAM] if self._takes_away(c, model)]
+        enough = (1 - COMPLETE_SHARE) * self.held_loss(model)
+        on_top = [c for c in self._expand(carried, self.cheap)[:BEAM] if self.held_loss(c.model) < enough]
         return self._choose([carried, *on_top], complete=True) or self._choose([carried, *on_top], complete=False)
-
-    def _takes_away(self, candidate: Candidate, ground: EngineModel) -> bool:
-        return self.held_loss(candidate.model) < (1 - COMPLETE_SHARE) * self.held_loss(ground)
 
     def _search_costly(
         self, improving: Sequence[Candidate], pairs: Sequence[Candidate]
@@ -324,10 +322,15 @@ class Attributor:
     def _follows(self, candidate: Candidate) -> bool:
         """Whether an incomplete explanation follows the engine token by token, and is not the average of something that
         changes as it goes: what that leaves depends on the position."""
-        res = self.held_residual(candidate.model)
+        res, fitted = self.held_residual(candidate.model), any(e.hypothesis.refine for e in candidate.path)
         most = self.held_loss(candidate.model) < (1 - COSTLY_SHARE) * self.held_loss(self.base)
-        drifts = compare.drifts(self.held, self.held_residual(self.base), res)
-        return compare.tracks(self.held, res) and (most or not drifts)
+        drifts = compare.drifts(self.held, self.held_residual(self.base), res, fitted=fitted)
+        return compare.tracks(self.held, res) and (most or not (drifts or self._moves(candidate.path[-1])))
+
+    def _moves(self, edit: Edit) -> bool:
+        """Whether the number in a cause that costs no forward passes changes as completions go on."""
+        near = () if edit.hypothesis.simulates else edit.neighbours(self.held, 1.0)
+        return len(near) == 2 and compare.number_moves(self.held, *(residual(self.held, v.model) for v in near))
 
     def _needed(self, candidate: Candidate) -> bool:
         """Whether leaving out either edit of a pair fits clearly worse on the held-back half."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trueup.parity.evidence import EngineModel
+from trueup.parity.evidence import EngineModel, Evidence
 from trueup.parity.findings import Finding
 from trueup.parity.hypotheses import Hypothesis, Variant
 
@@ -44,6 +45,11 @@ class Edit:
             title=self.title or self.hypothesis.title, fix=self.fix or self.hypothesis.fix,
             side=self.side or self.hypothesis.side, redraws=self.redraws,
         )  # fmt: skip
+
+    def neighbours(self, evidence: Evidence, step: float) -> Sequence[Variant]:
+        """Variants beside this one, closer ones for a smaller step; none if there is no number in it."""
+        refine = self.hypothesis.refine
+        return () if refine is None else refine(evidence, Variant(model=self.after, detail=self.detail), step)
 
     @property
     def redraws(self) -> bool:

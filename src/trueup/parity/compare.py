@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trueup.knobs import LimitsConfig
 from trueup.parity.evidence import TRAINER, EngineModel, Evidence, render
-from trueup.parity.floor import BOOTSTRAPS, Floor, cluster_bootstrap, judge, sum_per_row
+from trueup.parity.floor import BOOTSTRAPS, Floor, cluster_bootstrap, judge, normal_quantile, sum_per_row
 from trueup.policy.processing import Distribution
 
 INFEASIBLE_NATS = 3.0
@@ -19,8 +19,8 @@ INFEASIBLE_NATS = 3.0
 TRACKING_CORRELATION = 0.95
 """Correlation of predicted and reported logprobs below which an incomplete explanation explains nothing."""
 DRIFT, DRIFT_TOKENS = 2.0, 16
-"""An incomplete cause is not named if its remainder, and the share that this is of the gap, are so many times as large
-in one third of the completions as in another, and if chance makes sizes that uneven in one of CHANCE cases."""
+"""An incomplete cause is not named if its remainder is so many times as large in one third of the completions as in
+another; without a fitted number the share that this is of the gap must be, too, in one of CHANCE cases by chance."""
 CHANCE = 1000
 
 
@@ -119,11 +119,12 @@ def tracks(evidence: Evidence, left: Residual) -> bool:
     return pair.shape[1] > 2 and float(torch.corrcoef(pair)[0, 1]) > TRACKING_CORRELATION
 
 
-def drifts(evidence: Evidence, before: Residual, left: Residual) -> bool:
-    """Whether what a prediction leaves depends on the position in the completion, and otherwise than the gap before
-    it did: an error that grows as it goes leaves a share of it everywhere.
+def drifts(evidence: Evidence, before: Residual, left: Residual, *, fitted: bool) -> bool:
+    """Whether what a prediction leaves depends on the position in the completion.
 
-    Few tokens with a heavy tail differ by their largest one alone: Kruskal and Wallis (1952) compare ranks.
+    With a `fitted` number that is enough: the number may be the average of one that changes as it goes. Without, an
+    error that grows as it goes leaves a share of it everywhere, and few tokens with a heavy tail differ by their
+    largest one alone (Kruskal and Wallis, 1952, compare ranks).
     """
     position_T = evidence.tokens.position_T.double()
     cuts = position_T.quantile(torch.tensor([1 / 3, 2 / 3], dtype=torch.float64))
@@ -137,8 +138,28 @@ def drifts(evidence: Evidence, before: Residual, left: Residual) -> bool:
         return max(sizes) > DRIFT**2 * max(min(sizes), 1e-300)
 
     gap, rest = ([float(r.residual_T[part].square().mean()) for part in parts] for r in (before, left))
+    if fitted or not uneven(rest):
+        return uneven(rest)
     shares = [r / max(g, 1e-300) for r, g in zip(rest, gap, strict=True)]
-    return uneven(rest) and uneven(shares) and _chance_of_ranks([left.residual_T[p].abs() for p in parts]) < 1 / CHANCE
+    return uneven(shares) and _chance_of_ranks([left.residual_T[part].abs() for part in parts]) < 1 / CHANCE
+
+
+def number_moves(evidence: Evidence, below: Residual, above: Residual) -> bool:
+    """Whether a fitted number is too small at one end of the completions and too large at the other.
+
+    `below` and `above` are what a smaller and a larger number leave. Which of the two fits better must go with the
+    position (Spearman's rank correlation, one of CHANCE cases), and the other one must at the other end.
+    """
+    usable_T = below.usable_T & above.usable_T
+    position_T = evidence.tokens.position_T[usable_T].double()
+    worse_T = below.residual_T[usable_T].abs() - above.residual_T[usable_T].abs()
+    if len(worse_T) < 3 * DRIFT_TOKENS:
+        return False
+    order_T = position_T.argsort()
+    ends = worse_T[order_T[: len(order_T) // 3]].mean(), worse_T[order_T[-(len(order_T) // 3) :]].mean()
+    ranks = torch.stack([worse_T.argsort().argsort().double(), position_T])
+    trend = abs(float(torch.corrcoef(ranks)[0, 1])) * math.sqrt(len(worse_T) - 1)
+    return float(ends[0] * ends[1]) < 0 and trend > normal_quantile(1 / CHANCE)
 
 
 def _chance_of_ranks(parts: Sequence[Tensor]) -> float:

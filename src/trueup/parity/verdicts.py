@@ -42,6 +42,9 @@ NEARLY_ALL = 0.9
 """Share of mean |r| beyond which a setting's own causes account for what probes see."""
 FACTOR = 2.0
 """A probe that changes one factor must move the numbers this much more than changing nothing does."""
+ACCOUNTS_FOR = 1.5
+"""Noise that a probe saw accounts for a gap of at most so many times its size: an rms over the sixty tokens of a probe
+is known to a quarter, and a model with another fault amplifies its own rounding too."""
 
 
 def _cause(cause_id: str, layer: str, title: str, fix: str, evidence: str, **rest: object) -> Cause:
@@ -207,7 +210,7 @@ def settle(reports: Sequence[SettingReport], causes: Sequence[Cause], probes: Se
     for report in reports:
         sure = _left(report) <= FACTOR * noise
         kept = tuple(c for c in report.causes if c.confidence == "high" or sure)
-        accounted = "I4" in found or _unexplained(report) <= FACTOR * noise
+        accounted = "I4" in found or _unexplained(report) <= ACCOUNTS_FOR * noise
         unexplained = None if accounted else report.unexplained
         settled.append(replace(report, causes=kept, unexplained=unexplained, ambiguous=()))
     return settled
