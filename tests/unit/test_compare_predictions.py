@@ -147,13 +147,13 @@ def test_a_remainder_that_is_larger_in_one_third_of_completions_drifts(factor, d
     every = torch.ones(TOKENS, dtype=torch.bool)
     gap = Residual(residual_T=torch.ones(TOKENS).double(), usable_T=every, edge_T=~every, row_T=ROW)
     remainder = replace(gap, residual_T=size_T)
-    assert drifts(evidence, gap, remainder, fitted=False) == drifts(evidence, gap, remainder, fitted=True) == drifting
+    assert drifts(evidence, gap, remainder, grows=True) == drifts(evidence, gap, remainder, grows=False) == drifting
     grown = replace(gap, residual_T=3 * size_T)
-    assert not drifts(evidence, grown, remainder, fitted=False), "a third of the gap everywhere"
-    assert drifts(evidence, grown, remainder, fitted=True) == drifting, "a number may be the average of one that moves"
+    assert not drifts(evidence, grown, remainder, grows=True), "a third of the gap everywhere"
+    assert drifts(evidence, grown, remainder, grows=False) == drifting, "a number may be the average of one that moves"
     some = every & ((part_T != 1) | (torch.arange(TOKENS) < 2 * LENGTH))
     assert int((some & (part_T == 1)).sum()) < 16
-    assert not drifts(evidence, gap, replace(remainder, usable_T=some, edge_T=~some), fitted=True), "too few to say"
+    assert not drifts(evidence, gap, replace(remainder, usable_T=some, edge_T=~some), grows=False), "too few to say"
 
 
 def test_one_far_token_of_a_heavy_tail_is_no_drift():
@@ -163,7 +163,7 @@ def test_one_far_token_of_a_heavy_tail_is_no_drift():
     sizes_T = 0.1 * torch.rand(TOKENS, generator=torch.Generator().manual_seed(0)).double()
     sizes_T[9] = 3.0
     gap = Residual(residual_T=torch.ones(TOKENS).double(), usable_T=every, edge_T=~every, row_T=ROW)
-    assert not drifts(evidence, gap, replace(gap, residual_T=sizes_T), fitted=False)
+    assert not drifts(evidence, gap, replace(gap, residual_T=sizes_T), grows=True)
 
 
 @pytest.mark.parametrize(

@@ -316,16 +316,16 @@ class Attributor:
         return declared - redrawn > LIKELIER_NATS
 
     def _clearly_worse(self, candidate: Candidate, best: Candidate) -> bool:
-        ours, theirs = self.held_residual(best.model), self.held_residual(candidate.model)
-        return candidate is not best and clearly_better(ours, theirs, EDGE_ALLOWANCE)
+        theirs = self.held_residual(candidate.model)
+        return candidate is not best and clearly_better(self.held_residual(best.model), theirs, EDGE_ALLOWANCE)
 
     def _follows(self, candidate: Candidate) -> bool:
         """Whether an incomplete explanation follows the engine token by token, and is not the average of something that
         changes as it goes: what that leaves depends on the position."""
-        res, fitted = self.held_residual(candidate.model), any(e.hypothesis.refine for e in candidate.path)
+        res, last = self.held_residual(candidate.model), candidate.path[-1]
         most = self.held_loss(candidate.model) < (1 - COSTLY_SHARE) * self.held_loss(self.base)
-        drifts = compare.drifts(self.held, self.held_residual(self.base), res, fitted=fitted)
-        return compare.tracks(self.held, res) and (most or not (drifts or self._moves(candidate.path[-1])))
+        drifts = compare.drifts(self.held, self.held_residual(self.base), res, grows=candidate.grows)
+        return compare.tracks(self.held, res) and (most or not (drifts or self._moves(last)))
 
     def _moves(self, edit: Edit) -> bool:
         """Whether the number in a cause that costs no forward passes changes as completions go on."""

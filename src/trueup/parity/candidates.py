@@ -69,3 +69,8 @@ class Candidate:
     def redraws(self) -> bool:
         """Whether tokens are drawn as this says, too."""
         return any(edit.redraws for edit in self.path)
+
+    @property
+    def grows(self) -> bool:
+        """Whether this is an error of the model without a fitted number: it may grow along the completion."""
+        return all(edit.hypothesis.simulates and not edit.hypothesis.refine for edit in self.path)

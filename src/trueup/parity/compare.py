@@ -20,7 +20,7 @@ TRACKING_CORRELATION = 0.95
 """Correlation of predicted and reported logprobs below which an incomplete explanation explains nothing."""
 DRIFT, DRIFT_TOKENS = 2.0, 16
 """An incomplete cause is not named if its remainder is so many times as large in one third of the completions as in
-another; without a fitted number the share that this is of the gap must be, too, in one of CHANCE cases by chance."""
+another; for an error of the model the share that this is of the gap must be, too, in one of CHANCE cases by chance."""
 CHANCE = 1000
 
 
@@ -119,12 +119,12 @@ def tracks(evidence: Evidence, left: Residual) -> bool:
     return pair.shape[1] > 2 and float(torch.corrcoef(pair)[0, 1]) > TRACKING_CORRELATION
 
 
-def drifts(evidence: Evidence, before: Residual, left: Residual, *, fitted: bool) -> bool:
+def drifts(evidence: Evidence, before: Residual, left: Residual, *, grows: bool) -> bool:
     """Whether what a prediction leaves depends on the position in the completion.
 
-    With a `fitted` number that is enough: the number may be the average of one that changes as it goes. Without, an
-    error that grows as it goes leaves a share of it everywhere, and few tokens with a heavy tail differ by their
-    largest one alone (Kruskal and Wallis, 1952, compare ranks).
+    A distribution, or a fitted number, holds for every token alike: a remainder that does not is an average of
+    something else. An error of the model `grows` as it goes and leaves a share of itself everywhere, and few tokens
+    with a heavy tail differ by their largest one alone (Kruskal and Wallis, 1952, compare ranks).
     """
     position_T = evidence.tokens.position_T.double()
     cuts = position_T.quantile(torch.tensor([1 / 3, 2 / 3], dtype=torch.float64))
@@ -138,7 +138,7 @@ def drifts(evidence: Evidence, before: Residual, left: Residual, *, fitted: bool
         return max(sizes) > DRIFT**2 * max(min(sizes), 1e-300)
 
     gap, rest = ([float(r.residual_T[part].square().mean()) for part in parts] for r in (before, left))
-    if fitted or not uneven(rest):
+    if not (grows and uneven(rest)):
         return uneven(rest)
     shares = [r / max(g, 1e-300) for r, g in zip(rest, gap, strict=True)]
     return uneven(shares) and _chance_of_ranks([left.residual_T[part].abs() for part in parts]) < 1 / CHANCE
