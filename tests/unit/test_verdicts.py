@@ -94,6 +94,16 @@ def test_a_sampling_cause_is_kept_where_it_leaves_what_the_scores_are_off_by():
     assert not kept[3].causes and kept[3].unexplained is not None, "nor can what is reported"
 
 
+def test_where_plain_sampling_is_off_an_incomplete_cause_of_filters_leaves_as_much():
+    """A temperature that grows along the completion is no order of filters, though that takes away half of it."""
+    plain = report("temperature=1", left=0.53)
+    half = report("temperature=0.7", cause("S4", confidence="medium"), left=0.08)
+    both = report("temperature=1.1", cause("S1", confidence="medium"), left=0.5)
+    whole = report("temperature=0.7", cause("S1"))
+    kept = verdicts.settle([plain, half, both, whole], [], [])
+    assert [ids(r.causes) for r in kept] == [[], [], ["S1"], ["S1"]] and kept[1].unexplained is not None
+
+
 def test_beside_noise_a_right_cause_and_what_is_left_stay():
     noise = [probe("batch", 0.3)]
     partly = report("temperature=0.7", cause("S1", confidence="medium"), left=0.3)

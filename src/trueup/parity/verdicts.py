@@ -192,14 +192,24 @@ def settle(reports: Sequence[SettingReport], causes: Sequence[Cause], probes: Se
 
     Where the engine's own scores, in which nothing is sampled, are off for no known reason, a cause in how tokens are
     sampled or reported can be right only if it leaves what the scores are off by. Where a probe has shown why numbers
-    move, an incomplete explanation can be right only if it leaves what the probe saw.
+    move, an incomplete explanation can be right only if it leaves what the probe saw. Where plain sampling is off for
+    no known reason, an incomplete one elsewhere can be right only if it leaves as much.
     """
+    plain = next((r for r in reports if r.label == "temperature=1"), None)
     scoring = next((r for r in reports if "scores]" in r.label), None)
     if scoring is not None and scoring.unexplained is not None and not scoring.causes:
         off = scoring.gap.get("rms")
         assert isinstance(off, float)
         reports = [
             r if off / FACTOR <= _left(r) <= FACTOR * off else _without(r, SAMPLING_ONLY | IN_REPORTING, scoring)
+            for r in reports
+        ]
+    if plain is not None and plain.unexplained is not None and not plain.causes:
+        off = _unexplained(plain)
+        reports = [
+            r
+            if r.unexplained is None or off / FACTOR <= _left(r) <= FACTOR * off
+            else _without(r, SAMPLING_ONLY, plain)
             for r in reports
         ]
     found = {c.id for c in causes} & VOIDING
