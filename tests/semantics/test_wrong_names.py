@@ -345,7 +345,7 @@ def test_an_appended_end_says_nothing_of_how_the_others_were_drawn(models, dtype
 
 @pytest.mark.parametrize(("slope", "length"), [(0.02, 40), (0.05, 20), (0.05, 40)])
 def test_a_temperature_that_grows_with_the_position_gets_no_name(models, dtype, tmp_path, slope, length):
-    """Its average fits all tokens a little: too hot for the first third of completions, too cold for the last."""
+    """A constant temperature is too high for the first tokens of each completion and too low for the last ones."""
 
     def heated(logits_V, done, generator, row):
         logprobs_V = log_softmax(logits_V / (1 + slope * len(done)))

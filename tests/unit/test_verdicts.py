@@ -95,7 +95,7 @@ def test_a_sampling_cause_is_kept_where_it_leaves_what_the_scores_are_off_by():
 
 
 def test_where_plain_sampling_is_off_an_incomplete_cause_of_filters_leaves_as_much():
-    """A temperature that grows along the completion is no order of filters, though that takes away half of it."""
+    """Applying filters before the temperature explains half of a temperature that grows along the completion."""
     plain = report("temperature=1", left=0.53)
     half = report("temperature=0.7", cause("S4", confidence="medium"), left=0.08)
     both = report("temperature=1.1", cause("S1", confidence="medium"), left=0.5)
@@ -125,7 +125,7 @@ def test_noise_is_not_the_reason_for_far_more_than_itself():
 
 
 def test_a_cache_in_8_bits_that_is_not_recognised_is_not_called_batch_noise():
-    """Keys and values in e4m3: batches move the numbers by 0.067 nats, the trainer is 0.117 away."""
+    """Keys and values in e4m3 are 0.117 nats off; batch noise just above the limit does not account for that."""
     found = [cause("I3", layer="inference")]
     settled = verdicts.settle([report(left=0.117)], found, [probe("batch, scored", 0.067, limit=0.065)])
     assert settled[0].unexplained is not None

@@ -322,10 +322,10 @@ class Attributor:
     def _follows(self, candidate: Candidate) -> bool:
         """Whether an incomplete explanation follows the engine token by token, and is not the average of something that
         changes as it goes: what that leaves depends on the position."""
-        res, last = self.held_residual(candidate.model), candidate.path[-1]
+        res = self.held_residual(candidate.model)
         most = self.held_loss(candidate.model) < (1 - COSTLY_SHARE) * self.held_loss(self.base)
         drifts = compare.drifts(self.held, self.held_residual(self.base), res, grows=candidate.grows)
-        return compare.tracks(self.held, res) and (most or not (drifts or self._moves(last)))
+        return compare.tracks(self.held, res) and (most or not (drifts or self._moves(candidate.path[-1])))
 
     def _moves(self, edit: Edit) -> bool:
         """Whether the number in a cause that costs no forward passes changes as completions go on."""

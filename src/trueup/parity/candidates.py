@@ -47,7 +47,7 @@ class Edit:
         )  # fmt: skip
 
     def neighbours(self, evidence: Evidence, step: float) -> Sequence[Variant]:
-        """Variants beside this one, closer ones for a smaller step; none if there is no number in it."""
+        """Return variants with another number, closer to it for a smaller step; none if the cause has no number."""
         refine = self.hypothesis.refine
         return () if refine is None else refine(evidence, Variant(model=self.after, detail=self.detail), step)
 

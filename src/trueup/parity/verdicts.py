@@ -187,6 +187,11 @@ def _without(report: SettingReport, ids: frozenset[str], scoring: SettingReport)
     return replace(report, causes=kept, unexplained=report.unexplained or open_now)
 
 
+def _if_it_leaves(off: float, report: SettingReport, ids: frozenset[str], other: SettingReport) -> SettingReport:
+    """Return the report if its causes leave about `off` nats rms, as the other one has; else without those in `ids`."""
+    return report if off / FACTOR <= _left(report) <= FACTOR * off else _without(report, ids, other)
+
+
 def settle(reports: Sequence[SettingReport], causes: Sequence[Cause], probes: Sequence[Probed]) -> list[SettingReport]:
     """Drop guesses that other evidence speaks against.
 
@@ -200,18 +205,10 @@ def settle(reports: Sequence[SettingReport], causes: Sequence[Cause], probes: Se
     if scoring is not None and scoring.unexplained is not None and not scoring.causes:
         off = scoring.gap.get("rms")
         assert isinstance(off, float)
-        reports = [
-            r if off / FACTOR <= _left(r) <= FACTOR * off else _without(r, SAMPLING_ONLY | IN_REPORTING, scoring)
-            for r in reports
-        ]
+        reports = [_if_it_leaves(off, r, SAMPLING_ONLY | IN_REPORTING, scoring) for r in reports]
     if plain is not None and plain.unexplained is not None and not plain.causes:
         off = _unexplained(plain)
-        reports = [
-            r
-            if r.unexplained is None or off / FACTOR <= _left(r) <= FACTOR * off
-            else _without(r, SAMPLING_ONLY, plain)
-            for r in reports
-        ]
+        reports = [r if r.unexplained is None else _if_it_leaves(off, r, SAMPLING_ONLY, plain) for r in reports]
     found = {c.id for c in causes} & VOIDING
     if not found:
         return list(reports)
