@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from trueup.env import wait_passively
+from trueup.env import limit_spinning
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "smollm2-135m"
 PROMPT_TOKENS, NEW_TOKENS, TRAINED_ROWS = 32, 24, 8
@@ -77,7 +77,7 @@ def one(mode: str, dtype: str, batch: int) -> dict[str, float]:
 
 def main() -> None:
     """Run the pairs and print the ratios."""
-    wait_passively()
+    limit_spinning()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--batch", type=int, default=32)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from trueup.config import load_config
-from trueup.env import wait_passively
+from trueup.env import limit_spinning
 from trueup.pipeline import run as run_module
 from trueup.pipeline.actor import Actor, NoGroup
 from trueup.tasks.repeat import Repeat
@@ -59,7 +59,7 @@ def run_one(kind: str, seed: int, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Run every kind and seed, one after the other."""
-    wait_passively()
+    limit_spinning()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))

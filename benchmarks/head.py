@@ -23,7 +23,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from trueup.env import wait_passively
+from trueup.env import limit_spinning
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -139,7 +139,7 @@ def beside_neighbours(dtype: str, pairs: int, count: int) -> dict[str, object]:
 
 def main() -> None:
     """Run the pairs and print the ratios."""
-    wait_passively()
+    limit_spinning()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trueup.env import wait_passively
+from trueup.env import limit_spinning
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "smollm2-135m"
@@ -175,7 +175,7 @@ def ways_of_updating(rounds: int, dtype: str) -> dict[str, Any]:
 
 def main() -> None:
     """Run one dtype and print one JSON object."""
-    wait_passively()
+    limit_spinning()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])

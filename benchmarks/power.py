@@ -17,9 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from trueup.env import wait_passively
+from trueup.env import limit_spinning
 
-wait_passively()  # torch reads how its threads wait when it is loaded
+limit_spinning()  # torch reads the setting when it is loaded
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402

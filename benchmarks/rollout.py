@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from side import Side, answer
-from trueup.env import wait_passively
+from trueup.env import limit_spinning
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "smollm2-135m"
@@ -179,7 +179,7 @@ def pick_vllm(warm: dict[str, dict[int, float]]) -> list[str]:
 
 def main() -> None:
     """Warm every side, run the rounds and print the ratios."""
-    wait_passively()
+    limit_spinning()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, nargs="+", default=[32, 64])

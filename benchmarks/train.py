@@ -31,7 +31,7 @@ from typing import Any
 
 from online import against_trl, ways_of_updating
 from side import Side, answer
-from trueup.env import wait_passively
+from trueup.env import limit_spinning
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "smollm2-135m"
@@ -208,7 +208,7 @@ def compare(dtype: str, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     """Run every dtype and print one JSON object."""
-    wait_passively()
+    limit_spinning()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])

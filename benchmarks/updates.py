@@ -25,7 +25,7 @@ import torch
 from trueup.engines.base import GenerationRequest, UpdateReceipt
 from trueup.engines.embedded.engine import EmbeddedEngine
 from trueup.engines.embedded.options import EngineOptions
-from trueup.env import wait_passively
+from trueup.env import limit_spinning
 from trueup.model.load import load_model
 from trueup.model.tiny import make_tiny
 from trueup.types import Prompt, SamplingParams
@@ -105,7 +105,7 @@ def measure(path: Path, root: Path, updates: int, tokens: int, step_s: float) ->
 
 def main() -> None:
     """Measure both policies and print the result."""
-    wait_passively()
+    limit_spinning()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=10)
     options = parser.parse_args()

@@ -23,7 +23,7 @@ from torch import Tensor
 from trueup.engines.base import GenerationRequest
 from trueup.engines.vllm_server import VllmServer
 from trueup.engines.vllm_v1 import VllmEngine
-from trueup.env import wait_passively
+from trueup.env import limit_spinning
 from trueup.knobs import VllmConfig
 from trueup.model.load import load_model
 from trueup.model.scoring import ScoredRow, hidden_states
@@ -154,7 +154,7 @@ def measure(version: str, completions: int, tokens: int) -> dict[str, object]:
 
 def main() -> None:
     """Run and print."""
-    wait_passively()
+    limit_spinning()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--versions", nargs="+", default=["0.32.0", "0.18.1"])
     parser.add_argument("--completions", type=int, default=96)

@@ -5,9 +5,9 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from trueup.env import wait_passively
+from trueup.env import limit_spinning
 
-wait_passively()  # before any test loads torch
+limit_spinning()  # before any test loads torch
 hypothesis.settings.register_profile("house", deadline=None)  # a busy machine fails no test
 hypothesis.settings.load_profile("house")
 

@@ -65,7 +65,7 @@ def evidence_of(
 
     return Evidence(
         case=Case(engine=EngineInfo(), sampling=sampling or SamplingParams(), trainer=trainer, omitted=omitted),
-        tokens=tokens, ask=ask, spread=lambda source, dist: ask(source, [dist], varentropy=True)[0],
+        tokens=tokens, ask=ask, ask_spread=lambda source, dist: ask(source, [dist], varentropy=True)[0],
         mass=mass,
         expected=lambda: logits_TV.softmax(1).sum(0), facts=facts or Facts(vocab=logits_TV.shape[1]), whole=whole,
     )  # fmt: skip

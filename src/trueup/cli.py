@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from trueup.config import build_config, dump_config, load_config, without_none
-from trueup.env import wait_passively
+from trueup.env import limit_spinning
 from trueup.errors import ConfigError, MismatchError, TrueupError
 from trueup.knobs import Config
 
@@ -369,7 +369,7 @@ def smollm2(
 
 def main() -> None:
     """Entry point."""
-    wait_passively()
+    limit_spinning()
     app()
 
 

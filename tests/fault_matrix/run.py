@@ -18,7 +18,7 @@ from tests.conftest import ROOT, SMOLLM2
 from tests.fault_matrix.plans import OUTSIDE, PAIRS, PLANS, Plan, invisible
 from tests.fault_matrix.severity import LADDERS, MISSES
 from tests.fault_matrix.world import Stand, dump, outcome, stand
-from trueup.env import wait_passively
+from trueup.env import limit_spinning
 from trueup.errors import TrueupError
 from trueup.model.tiny import make_tiny
 
@@ -118,7 +118,7 @@ def carry_out(made: Stand, wanted: list[Wanted], known: dict[Wanted, bool], out:
 
 def main() -> None:
     """Parse, run what is missing, append."""
-    wait_passively()
+    limit_spinning()
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", choices=("tiny", "smollm2"), required=True)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), required=True)

@@ -417,3 +417,17 @@ def test_few_tokens_say_from_which_temperature_on_draws_would_show():
 def test_a_trainer_of_another_kind_changes_nothing_about_draws():
     draws, _ = judged(drawn(LOGITS, temperature=0.8), sampling=SamplingParams(temperature=0.8), trainer=LogprobKind.RAW)
     assert draws.verdict == "agree"
+
+
+def test_what_is_drawn_is_scored_once():
+    """Copies are counted by logprobs that the judgement has asked for, with entropies, before."""
+    evidence = evidence_of(LOGITS, trace_rows(torch.multinomial(LOGITS.softmax(1), 1)[:, 0], LENGTH))
+    asked, dist = [], Distribution()
+
+    def ask(source, dists):
+        asked.append(dists)
+        return evidence.ask(source, dists)
+
+    watched = replace(evidence, ask=ask)
+    judge_draws(watched, EngineModel(dist=dist), LimitsConfig(), noise_rms=0, token_limit=0)
+    assert watched.scores(TRAINER, dist) is watched.spread(TRAINER, dist) and not asked

@@ -13,7 +13,7 @@ from trueup.policy import logprobs as module
 from trueup.policy.head import Head
 from trueup.policy.logprobs import token_scores, token_scores_under
 from trueup.policy.processing import Distribution, History
-from trueup.policy.reduction import Reducer
+from trueup.policy.reduction import Reducer, Wanted
 from trueup.types import LogprobKind, SamplingParams
 
 
@@ -317,6 +317,18 @@ def test_refusals_say_what_is_wrong():
     assert Distribution.of(LogprobKind.RAW, SamplingParams(temperature=0.0)) == Distribution()
 
 
+@pytest.mark.parametrize("dist", [Distribution(temperature=0.7), Distribution(top_p=0.8, top_k=7)])
+def test_without_entropies_everything_else_is_the_same(dist):
+    generator = torch.Generator().manual_seed(0)
+    hidden_TD, head = torch.randn(40, 8, generator=generator), Head(weight_VD=torch.randn(300, 8, generator=generator))
+    targets_T = torch.randint(0, 300, (40,), generator=generator)
+    whole = token_scores_under(hidden_TD, head, targets_T, dists=[dist], varentropy=True)[0]
+    less = token_scores_under(hidden_TD, head, targets_T, dists=[dist], entropy=False)[0]
+    assert bool(torch.isnan(less.entropy_T).all()) and bool((whole.entropy_T > 0).any()) and less.varentropy_T is None
+    for name in ("logprobs_T", "log_kept_mass_T", "kept_T", "top_logprobs_T", "below_cut_T"):
+        assert torch.equal(getattr(whole, name), getattr(less, name)), name
+
+
 def test_scoring_a_block_allocates_nothing_of_its_size():
     """Blocks that come and go among small tensors that stay made a process grow by a block each time: 8 GiB a check."""
     generator = torch.Generator().manual_seed(0)
@@ -334,8 +346,9 @@ def test_scoring_a_block_allocates_nothing_of_its_size():
     head = Head(weight_VD=torch.randn(512, 4, generator=generator))
     for cut_C in (None, torch.zeros(64)):
         reducer = Reducer(
-            torch.zeros(64, dtype=torch.long), Distribution(temperature=0.7), head, cut_C, varentropy=True
-        )
+            torch.zeros(64, dtype=torch.long), Distribution(temperature=0.7), head, cut_C,
+            wanted=Wanted(varentropy=True, gradient=True),
+        )  # fmt: skip
         with Watch():
             reducer.update(logits_CB, 0, scratch_2CB)
     assert not foreign

@@ -118,3 +118,26 @@ def test_neighbours_of_a_window_are_every_number_or_evenly_spread(value, first, 
     near = every_neighbour(value)
     assert (near[0], near[-1]) == (first, last) and value not in near and len(near) <= DENSE + 1
     assert value > 24 or near == [n for n in range(first, last + 1) if n != value]
+
+
+def test_a_setting_is_scored_once_by_each_side(tiny_model, monkeypatch):
+    """Floor, comparison and search look at the same tokens: none computes again what another knows."""
+    asked = []
+    score = Scorer._score
+
+    def counted(self, source, hidden_TD, tokens, dists, **options):
+        asked.extend((source.precision, dist, len(tokens)) for dist in dists)
+        return score(self, source, hidden_TD, tokens, dists, **options)
+
+    monkeypatch.setattr(Scorer, "_score", counted)
+    side = Arithmetic(body=torch.bfloat16, head=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    rows = trace_rows(torch.randint(3, 300, (400,), generator=generator), 40)
+    scorer = Scorer(path=tiny_model, trainer=side, engine=side)
+    rows = [replace(r, completion_logprobs=tuple(values)) for r, values in zip(rows, scorer.afresh(rows), strict=True)]
+    asked.clear()
+    case = replace(evidence_of(INTACT, rows).case, drawn=False)
+    judge, setting = SettingJudge(scorer, LimitsConfig()), Setting(case=case, rows=tuple(rows))
+    assert judge.judge(setting).report.verdict == "agree"
+    sides = [(precision, dist) for precision, dist, tokens in asked if tokens == 400]
+    assert {"trainer", "engine", "reference"} <= {precision for precision, _ in sides} and len(sides) == len(set(sides))

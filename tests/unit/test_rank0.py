@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 
 import pytest
@@ -199,3 +200,14 @@ def test_config_files_that_cannot_be_read(tmp_path):
 def test_env_describes_versions_without_importing_them():
     description = env.describe()
     assert description["packages"]["torch"] and description["cores"] >= 1
+
+
+def test_threads_spin_for_a_moment_unless_the_user_decided(monkeypatch):
+    for name in env.WAITING_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    env.limit_spinning()
+    assert os.environ["GOMP_SPINCOUNT"] == "10000"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    env.limit_spinning()
+    assert "GOMP_SPINCOUNT" not in os.environ

@@ -203,6 +203,8 @@ def test_a_file_begins_anew_and_a_split_may_be_empty(tiny, tmp_path):
 def test_a_tokenizer_that_does_not_fit(tiny, tmp_path):
     with pytest.raises(ModelError, match="no usable tokenizer"):
         PromptSource(Repeat(), tmp_path, chat=False)
+    with pytest.raises(ModelError, match="elsewhere does not exist"):
+        PromptSource(Repeat(), tmp_path / "elsewhere", chat=False)
     with pytest.raises(ConfigError, match=r"task\.system needs"):
         PromptSource(Repeat(), tiny, chat=False, system="Be brief.")
     with_system = PromptSource(Repeat(), tiny, chat=True, system="Be brief.").encode("abc")

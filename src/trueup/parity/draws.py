@@ -98,8 +98,8 @@ def judge_draws(
     other token is judged under the distribution without them.
     """
     tokens = evidence.tokens
+    scores = evidence.spread(model.source, model.dist)  # first: others ask for less of the same
     fresh_T, copies, shared = independent(evidence, model, limits)
-    scores = evidence.spread(model.source, model.dist)
     alike_T = _alike(scores)
     top_T = is_top(scores) | alike_T
     if evidence.case.sampling.temperature == 0:

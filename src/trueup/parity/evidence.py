@@ -193,10 +193,10 @@ class Evidence:
     """Tokens of a setting and a way to ask what any source says of them under any distribution.
 
     `ask(source, dists)` returns TokenScores [T]; `mass(source, temperature, ids)` the probability [T] of a set of ids;
-    `expected()` how often the trainer expects each id among these tokens, [V]; `spread(source, dist)` what `ask` does,
-    with varentropies. What `scores` returns is remembered, so asking twice costs nothing. `screen` is a small part of
-    the evidence, on which costly candidates are compared first. `suspects_T` marks tokens that are off by more than
-    rounding can explain, where that was looked at.
+    `expected()` how often the trainer expects each id among these tokens, [V]; `ask_spread(source, dist)` what `ask`
+    does, with entropies and varentropies. What `scores` returns is remembered, so asking twice costs nothing. `screen`
+    is a small part of the evidence, on which costly candidates are compared first. `suspects_T` marks tokens that are
+    off by more than rounding can explain, where that was looked at.
     """
 
     case: Case
@@ -204,7 +204,7 @@ class Evidence:
     ask: Callable[[Source, Sequence[Distribution]], list[TokenScores]]
     mass: Callable[[Source, float, tuple[int, ...]], Tensor]
     expected: Callable[[], Tensor]
-    spread: Callable[[Source, Distribution], TokenScores]
+    ask_spread: Callable[[Source, Distribution], TokenScores]
     facts: Facts = field(default_factory=Facts)
     whole: Evidence | None = None
     screen: Evidence | None = None
@@ -227,6 +227,13 @@ class Evidence:
         """Return what `source` says under `dist`."""
         self.prefetch(source, [dist])
         return self._memory[source, dist]
+
+    def spread(self, source: Source, dist: Distribution) -> TokenScores:
+        """What `scores` returns, with entropies and varentropies."""
+        known = self._memory.get((source, dist))
+        if known is None or known.varentropy_T is None:
+            known = self._memory[source, dist] = self.ask_spread(source, dist)
+        return known
 
     def trainer_T(self) -> Tensor:
         """The trainer's logprobs of its own distribution, float64; -inf outside its kept set."""

@@ -221,7 +221,7 @@ class Scorer:
             hidden_TD, missing_T = moved(hidden_TD, tokens.row_T.to(device), source.offset)
         found = token_scores_under(
             hidden_TD, self.head(source), tokens.targets_T.to(device), dists=dists, history=history,
-            varentropy=varentropy,
+            entropy=False, varentropy=varentropy,
         )  # fmt: skip
         scores = [TokenScores(**{name: value.cpu() for name, value in columns(s).items()}) for s in found]
         if source.offset:
@@ -271,7 +271,7 @@ class Scorer:
             return self._score(source, torch.cat(self.states(source, rows)), tokens, [dist], varentropy=True)[0]
 
         return Evidence(
-            case=case, tokens=tokens, ask=ask, mass=mass, expected=expected, spread=spread, facts=self.facts(rows)
+            case=case, tokens=tokens, ask=ask, mass=mass, expected=expected, ask_spread=spread, facts=self.facts(rows)
         )
 
     def _probabilities(self, source: Source, rows: Sequence[TraceRow], temperature: float) -> Iterator[Tensor]:

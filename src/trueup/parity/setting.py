@@ -134,17 +134,17 @@ class SettingJudge:
     def __init__(self, scorer: Scorer, limits: LimitsConfig, *, budget: Budget | None = None) -> None:
         self.scorer, self.limits, self.budget = scorer, limits, budget
 
-    def floor(self, setting: Setting, model: EngineModel) -> Floor:
-        """The floor under a model, from the setting's own tokens: its distribution, and the rounding of its source."""
+    def floor(self, setting: Setting, model: EngineModel, on: Evidence | None = None) -> Floor:
+        """The floor under a model, from the setting's tokens (`on`, if at hand): its distribution and its rounding."""
         scorer = self.scorer
-        evidence = scorer.evidence(setting.case, reference_rows(scorer, usable_rows(setting)))
+        evidence = on or scorer.evidence(setting.case, reference_rows(scorer, usable_rows(setting)))
         sources = [replace(model.source, precision=s.precision) for s in (TRAINER, ENGINE, REFERENCE)]
         try:
             trainer, engine, reference = (evidence.scores(source, model.dist).logprobs_T for source in sources)
         except (ModelError, NumericsError):
             if model.source.plain:
                 raise
-            return self.floor(setting, replace(model, source=TRAINER))  # an imitated rounding has float32 only
+            return self.floor(setting, replace(model, source=TRAINER), on)  # an imitated rounding has float32 only
         basis = (
             f"trainer ({scorer.trainer.title()}) and engine ({scorer.engine.title()}) against "
             f"{scorer.reference.title()}, taken as independent"
@@ -166,19 +166,19 @@ class SettingJudge:
         excluded |= {"S6"} if setting.case.unmodelled else set()  # what it was told may change logits as S6 does
         rows = usable_rows(setting)
         if not rows:
-            verdict_now = "mismatch" if broken else "inconclusive"
-            return Judged(
-                report=empty_report(setting, verdict_now, "no row could be compared", tuple(broken)), found=None
-            )
+            outcome, why = "mismatch" if broken else "inconclusive", "no row could be compared"
+            return Judged(report=empty_report(setting, outcome, why, tuple(broken)), found=None)
         floors: dict[object, Floor] = {}
+        whole = self.scorer.evidence(setting.case, rows)
+        on = whole if reference_rows(self.scorer, rows) == rows else None
 
         def floor_of(model: EngineModel) -> Floor:
             key = (model.dist, model.source)
             if key not in floors:
-                floors[key] = self.floor(setting, model)
+                floors[key] = self.floor(setting, model, on)
             return floors[key]
 
-        seen, filler, nothing_else = self._look_past_fillers(setting, rows, floor_of)
+        seen, filler, nothing_else = self._look_past_fillers(whole, rows, floor_of)
         broken += [filler] if filler is not None else []
         logged = rows_with_trainer(rows)
         note = describe(self.scorer.evidence(setting.case, logged), logged, seen.floor.rms) if logged else None
@@ -204,10 +204,9 @@ class SettingJudge:
         causes += [drawn_wrong] if drawn_wrong is not None else []
         return Judged(report=self._report(setting, seen, found, causes, draws, inside_T), found=found, note=note)
 
-    def _look(self, setting: Setting, rows: Sequence[TraceRow], floor_of: Callable[[EngineModel], Floor]) -> Seen:
+    def _look(self, evidence: Evidence, rows: Sequence[TraceRow], floor_of: Callable[[EngineModel], Floor]) -> Seen:
         """Compare rows with the trainer; tokens at the edge of a kept set are counted and left out."""
-        evidence = self.scorer.evidence(setting.case, rows)
-        base = EngineModel(dist=setting.case.trainer_distribution)
+        base = EngineModel(dist=evidence.case.trainer_distribution)
         now, floor = residual(evidence, base), floor_of(base)
 
         def judged(excused_T: Tensor) -> Judgement:
@@ -237,18 +236,19 @@ class SettingJudge:
         )  # fmt: skip
 
     def _look_past_fillers(
-        self, setting: Setting, rows: Sequence[TraceRow], floor_of: Callable[[EngineModel], Floor]
+        self, evidence: Evidence, rows: Sequence[TraceRow], floor_of: Callable[[EngineModel], Floor]
     ) -> tuple[Seen, Cause | None, bool]:
         """Compare; where numbers were filled in, name that, and compare what is left, if anything is.
 
         A value that could be a logprob counts as a filler only if everything else then fits.
         """
-        seen = self._look(setting, rows, floor_of)
+        seen = self._look(evidence, rows, floor_of)
         assert seen.evidence.suspects_T is not None
         found = fillers(seen.evidence, seen.now, seen.evidence.suspects_T)
         if found is None:
             return seen, None, False
-        rest = self._look(setting, without(rows, seen.evidence, found.at_T), floor_of)
+        left = without(rows, seen.evidence, found.at_T)
+        rest = self._look(self.scorer.evidence(evidence.case, left), left, floor_of)
         whole = set(seen.evidence.tokens.engine_T.tolist()) <= set(found.counts)
         near = EDGE_FLOORS * seen.floor.rms  # near equals change places in 16 bits
         if whole and bool(is_top(seen.evidence.scores(EXACT, seen.base.dist), near).all()):

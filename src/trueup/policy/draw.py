@@ -19,7 +19,7 @@ from trueup.errors import NumericsError
 from trueup.policy.head import STREAM_BLOCK, Head
 from trueup.policy.logprobs import pad_to_tiles, rows_at_once
 from trueup.policy.processing import Distribution, SeenTokens, kept_cut, ranked
-from trueup.policy.reduction import Reducer, TokenScores, concatenate, penalised
+from trueup.policy.reduction import Reducer, TokenScores, Wanted, concatenate, penalised
 
 _MASK = 2**64 - 1
 
@@ -102,7 +102,7 @@ def _reduce(logits_CV: Tensor, dist: Distribution, head: Head, cut_C: Tensor | N
     """Take a chunk's whole vocabulary in, block by block as scoring does; the tokens are chosen afterwards."""
     count, vocab = logits_CV.shape
     unknown_C = torch.zeros(count, dtype=torch.long, device=logits_CV.device)
-    reducer = Reducer(unknown_C, dist, head, cut_C, entropy=False, cumulative=True)
+    reducer = Reducer(unknown_C, dist, head, cut_C, wanted=Wanted(entropy=False), cumulative=True)
     for start in range(0, vocab, STREAM_BLOCK):
         block_CB = logits_CV[:, start : start + STREAM_BLOCK]
         reducer.update(block_CB, start, scratch[:, :count, : block_CB.shape[1]])

@@ -19,7 +19,7 @@ from torch import Tensor
 from trueup.errors import NumericsError
 from trueup.policy.head import STREAM_BLOCK, Head
 from trueup.policy.processing import Distribution, History, SeenTokens, kept_cut, penalise, ranked
-from trueup.policy.reduction import FAR_BELOW, Reducer, ScoredRows, TokenScores, concatenate, penalised
+from trueup.policy.reduction import FAR_BELOW, Reducer, ScoredRows, TokenScores, Wanted, concatenate, penalised
 from trueup.types import ROW_TILE
 
 ROW_CHUNK_ELEMENTS = 3 * 2**21
@@ -62,15 +62,14 @@ def pad_to_tiles(rows_T: Tensor) -> Tensor:
 
 def _stream(
     hidden_TD: Tensor, head: Head, targets_T: Tensor, dists: Sequence[Distribution], seen: SeenTokens | None,
-    varentropy: bool = False,
+    wanted: Wanted,
 ) -> list[ScoredRows]:  # fmt: skip
     """Score under distributions without a kept set: vocabulary blocks outside, token chunks inside."""
     total = len(targets_T)
     hidden_TD = hidden_TD.to(head.matmul_dtype)
     firsts = range(0, total, STREAM_TOKENS)
     reducers = [
-        [Reducer(targets_T[f : f + STREAM_TOKENS], dist, head, None, varentropy=varentropy) for f in firsts]
-        for dist in dists
+        [Reducer(targets_T[f : f + STREAM_TOKENS], dist, head, None, wanted=wanted) for f in firsts] for dist in dists
     ]
     shape = (min(total, STREAM_TOKENS), min(head.vocab_size, STREAM_BLOCK))
     logits = torch.empty(shape, dtype=head.logits_dtype, device=hidden_TD.device)
@@ -89,7 +88,7 @@ def _stream(
 
 def _rows(
     hidden_TD: Tensor, head: Head, targets_T: Tensor, dists: Sequence[Distribution], seen: SeenTokens | None,
-    varentropy: bool = False,
+    wanted: Wanted,
 ) -> list[ScoredRows]:  # fmt: skip
     """Score under distributions with a kept set, which need a token's whole row of logits at once."""
     parts: list[list[ScoredRows]] = [[] for _ in dists]
@@ -105,7 +104,7 @@ def _rows(
             with penalised(logits_CV, dist, seen, (first, 0)):
                 ranked_CK = ranked(logits_CV) if dist.penalises or plain_CK is None else plain_CK
                 cut_C = kept_cut(logits_CV, ranked_CK, dist)
-                reducer = Reducer(targets_C, dist, head, cut_C, varentropy=varentropy)
+                reducer = Reducer(targets_C, dist, head, cut_C, wanted=wanted)
                 for start in range(0, vocab, STREAM_BLOCK):
                     block_CB = logits_CV[:, start : start + STREAM_BLOCK]
                     reducer.update(block_CB, start, scratch[:, : len(targets_C), : block_CB.shape[1]])
@@ -115,7 +114,7 @@ def _rows(
 
 def _score_all(
     hidden_TD: Tensor, head: Head, targets_T: Tensor, dists: Sequence[Distribution], seen: SeenTokens | None,
-    varentropy: bool = False,
+    wanted: Wanted,
 ) -> list[ScoredRows]:  # fmt: skip
     count = len(targets_T)
     if head.tiled:
@@ -124,7 +123,7 @@ def _score_all(
     for truncates, score in ((False, _stream), (True, _rows)):
         kind = [d for d in dict.fromkeys(dists) if d.truncates == truncates]
         if kind:
-            scored.update(zip(kind, score(hidden_TD, head, targets_T, kind, seen, varentropy), strict=True))
+            scored.update(zip(kind, score(hidden_TD, head, targets_T, kind, seen, wanted), strict=True))
     return [scored[d].first(count) for d in dists]
 
 
@@ -145,7 +144,7 @@ class _ChosenLogprob(torch.autograd.Function):
         ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_T: Tensor,
         head: Head, dist: Distribution, seen: SeenTokens | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        rows = _score_all(hidden_TD, head, targets_T, [dist], seen)[0]
+        rows = _score_all(hidden_TD, head, targets_T, [dist], seen, Wanted(gradient=True))[0]
         ctx.head, ctx.dist, ctx.seen = head, dist, seen
         ctx.save_for_backward(hidden_TD, weight_VD, bias_V, targets_T, rows.lse_T, rows.cut_T, rows.entropy_T)
         ctx.mark_non_differentiable(rows.log_kept_mass_T, rows.kept_T, rows.top_logprobs_T)
@@ -268,12 +267,15 @@ def token_scores_under(
     *,
     dists: Sequence[Distribution],
     history: History | None = None,
+    entropy: bool = True,
     varentropy: bool = False,
 ) -> list[TokenScores]:
     """Score the same tokens under many distributions from one pass over the logits, without gradient.
 
     Each result equals `token_scores` under that distribution bit for bit; arguments and errors are the same.
-    `varentropy` asks for the variance of -log p as well.
+    `entropy=False` saves two passes over the logits and leaves `entropy_T` NaN; `varentropy` asks for the variance of
+    -log p as well, and brings the entropy with it.
     """
     _check(hidden_TD, head, targets_T)
-    return list(_score_all(hidden_TD, head, targets_T, dists, _seen(history, targets_T, dists), varentropy))
+    wanted = Wanted(entropy=entropy or varentropy, varentropy=varentropy)
+    return list(_score_all(hidden_TD, head, targets_T, dists, _seen(history, targets_T, dists), wanted))

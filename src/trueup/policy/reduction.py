@@ -27,10 +27,10 @@ class TokenScores:
     """What one distribution says of the chosen tokens, each [T] and in nats.
 
     `logprobs_T` is -inf where the token is outside the kept set: count those, never fill them in. `entropy_T` is of
-    the same (kept, renormalised) distribution; `log_kept_mass_T` is log S <= 0, S the tempered mass of the kept set;
-    `kept_T` counts kept tokens; `top_logprobs_T` is the most likely token's logprob. `varentropy_T` is the variance of
-    -log p under the same distribution, in nats squared; None unless it was asked for. `below_cut_T` says how far a
-    token outside the kept set lies below the least likely one inside, 0 for those inside.
+    the same (kept, renormalised) distribution, NaN if it was not asked for; `log_kept_mass_T` is log S <= 0, S the
+    tempered mass of the kept set; `kept_T` counts kept tokens; `top_logprobs_T` is the most likely token's logprob.
+    `varentropy_T` is the variance of -log p under the same distribution, in nats squared; None unless it was asked for.
+    `below_cut_T` says how far a token outside the kept set lies below the least likely one inside, 0 for those inside.
     """
 
     logprobs_T: Tensor
@@ -57,6 +57,17 @@ class ScoredRows(TokenScores):
         return ScoredRows(**{name: value[:count] for name, value in values.items() if value is not None})
 
 
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What is worked out beside logprobs and kept mass; each costs a pass over the block of logits or two."""
+
+    entropy: bool = True
+    varentropy: bool = False
+    """Needs the entropy."""
+    gradient: bool = False
+    """Whether a backward pass follows, which needs the cut."""
+
+
 class Reducer:
     """Running log-sum-exp, entropy and mass of one chunk of tokens under one distribution.
 
@@ -65,11 +76,11 @@ class Reducer:
     """
 
     def __init__(
-        self, targets_C: Tensor, dist: Distribution, head: Head, cut_C: Tensor | None, *, entropy: bool = True,
-        varentropy: bool = False, cumulative: bool = False,
+        self, targets_C: Tensor, dist: Distribution, head: Head, cut_C: Tensor | None, *, wanted: Wanted = Wanted(),
+        cumulative: bool = False,
     ) -> None:  # fmt: skip
-        """`varentropy` needs `entropy`; `cumulative` keeps what `reached` needs."""
-        self.entropy, self.varentropy = entropy, varentropy
+        """`cumulative` keeps what `reached` needs."""
+        self.wanted = wanted
         self.passed: list[tuple[Tensor, Tensor]] | None = [] if cumulative else None
         dtype = head.logits_dtype
         self.masked = head.bias_V is not None  # a bias may mask padded vocabulary with -inf
@@ -93,9 +104,9 @@ class Reducer:
         top_C = torch.maximum(self.top_C, logits_CB.amax(1))
         drop_C = ((self.top_C - top_C) * self.inverse_temperature).clamp_min(FAR_BELOW)
         rescale_C = drop_C.exp()
-        if self.varentropy:
+        if self.wanted.varentropy:
             self.square_C = (self.square_C + drop_C * (2 * self.moment_C + drop_C * self.sum_C)) * rescale_C
-        if self.entropy:
+        if self.wanted.entropy:
             self.moment_C = (self.moment_C + self.sum_C * drop_C) * rescale_C
         torch.sub(logits_CB, top_C[:, None], out=shifted_CB)
         if self.inverse_temperature != 1:
@@ -105,16 +116,17 @@ class Reducer:
         if self.cut_C is not None:
             inside_CB = logits_CB >= self.cut_C[:, None]
             self.kept_C += inside_CB.sum(1)
-            dropped_C = weight_CB.copy_(logits_CB).masked_fill_(inside_CB, -torch.inf).amax(1)
-            self.dropped_C = torch.maximum(self.dropped_C, dropped_C)
+            if self.wanted.gradient:
+                dropped_C = weight_CB.copy_(logits_CB).masked_fill_(inside_CB, -torch.inf).amax(1)
+                self.dropped_C = torch.maximum(self.dropped_C, dropped_C)
         torch.exp(shifted_CB, out=weight_CB)
         if self.cut_C is not None:
             self.full_C = self.full_C * rescale_C + weight_CB.sum(1)
             weight_CB *= inside_CB
         self.sum_C = self.sum_C * rescale_C + weight_CB.sum(1)
-        if self.entropy:
+        if self.wanted.entropy:
             self.moment_C += weight_CB.mul_(shifted_CB).sum(1)
-        if self.varentropy:
+        if self.wanted.varentropy:
             self.square_C += weight_CB.mul_(shifted_CB).sum(1)
         self.top_C = top_C
         if self.passed is not None:
@@ -137,17 +149,18 @@ class Reducer:
     def finish(self, vocab_size: int) -> ScoredRows:
         """Return the scores once the whole vocabulary has been seen."""
         log_sum_C = self.sum_C.log()
+        nothing_C = torch.full_like(log_sum_C, torch.nan)
         logprobs_C = (self.chosen_C - self.top_C) * self.inverse_temperature - log_sum_C
         cut_C = torch.full_like(log_sum_C, -torch.inf) if self.cut_C is None else self.cut_C
         return ScoredRows(
             logprobs_T=logprobs_C.masked_fill(self.chosen_C < cut_C, -torch.inf),
-            entropy_T=log_sum_C - self.moment_C / self.sum_C if self.entropy else torch.full_like(log_sum_C, torch.nan),
+            entropy_T=log_sum_C - self.moment_C / self.sum_C if self.wanted.entropy else nothing_C,
             log_kept_mass_T=torch.zeros_like(log_sum_C) if self.cut_C is None else log_sum_C - self.full_C.log(),
             kept_T=(self.kept_C if self.cut_C is not None else torch.full_like(self.kept_C, vocab_size)).long(),
             top_logprobs_T=-log_sum_C,
             lse_T=self.top_C * self.inverse_temperature + log_sum_C,
             varentropy_T=(self.square_C / self.sum_C - (self.moment_C / self.sum_C).square()).clamp_min(0)
-            if self.varentropy
+            if self.wanted.varentropy
             else None,
             below_cut_T=((cut_C - self.chosen_C) * self.inverse_temperature).clamp_min(0),
             # Halfway to the best dropped token: the backward pass's logits may differ in their last bits.

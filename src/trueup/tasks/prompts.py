@@ -38,6 +38,8 @@ class PromptSource:
         """
         from transformers import AutoTokenizer
 
+        if not model.is_dir():
+            raise ModelError(f"model folder {model} does not exist")
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
