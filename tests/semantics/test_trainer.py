@@ -134,6 +134,7 @@ def test_interpolation_needs_no_pass_and_equals_decoupled_at_the_first_step(tiny
     several = trainer_of(tiny, objective={"old": "interpolated"}, minibatches=4, optimizer=rate).step(groups)
     exact = trainer_of(tiny, minibatches=4, optimizer=rate).step(groups)
     assert "proximal" not in several.phase_s and "proximal" in exact.phase_s
+    assert "proximal" in trainer_of(tiny, minibatches=2).step(groups).phase_s, "two steps are several"
     # On-policy tokens: a = 0 after the first step, so that the guess is mu, which is pi_prox but for rounding.
     assert several.metrics["policy/kl_old/k3"] == pytest.approx(exact.metrics["policy/kl_old/k3"], rel=0.05)
 

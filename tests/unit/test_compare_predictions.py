@@ -209,3 +209,25 @@ def test_what_the_engine_reported_has_no_part_in_what_would_show():
     evidence = evidence_with(numbers())
     assert bool(residual(evidence, all_but_few).edge_T.any()), "it rules a token out, which is not compared then"
     assert not would_show(evidence, RAW, [all_but_few], wide, LimitsConfig())
+
+
+def test_tokens_that_one_of_two_models_says_nothing_about_are_not_compared():
+    """A shift by one says nothing about the last token of a row: it must not count as a difference of nothing."""
+    floor = Floor(rms=0.01, trainer_rms=0.01, engine_rms=0.01, basis="", rows={1: 5.0})
+    shifted = EngineModel(dist=Distribution(), shift=LENGTH - 1)
+    assert int(residual(evidence_with(numbers()), shifted).usable_T.sum()) == ROWS
+    few = LimitsConfig(min_tokens=1)
+    assert would_show(evidence_with(numbers()), RAW, [shifted], floor, few)
+    assert not would_show(evidence_with(numbers()), RAW, [EngineModel(dist=Distribution(), shift=LENGTH)], floor, few)
+
+
+def test_a_number_whose_neighbours_take_turns_at_random_does_not_move():
+    """The ends may differ in sign by chance: which neighbour fits better must go with the position."""
+    evidence, every = evidence_with(numbers()), torch.ones(TOKENS, dtype=torch.bool)
+    for seed in range(12):
+        worse_T = torch.randn(TOKENS, generator=torch.Generator().manual_seed(seed)).double()
+        below, above = (
+            Residual(residual_T=r_T, usable_T=every, edge_T=~every, row_T=ROW)
+            for r_T in ((1 + worse_T).abs(), torch.ones(TOKENS).double())
+        )
+        assert not number_moves(evidence, below, above)

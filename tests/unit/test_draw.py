@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from trueup.errors import NumericsError
+from trueup.policy import draw as draw_module
 from trueup.policy.draw import draw, sample_seed, uniform
 from trueup.policy.head import Head
 from trueup.policy.logprobs import token_scores, token_scores_under
@@ -85,6 +86,26 @@ def test_the_token_is_where_the_cumulative_distribution_passes_the_noise(noise, 
     assert math.isfinite(float(scored[token]))
     before = float(cumulative[token - 1]) if token else 0.0
     assert before - 1e-5 <= noise <= float(cumulative[token]) + 1e-5
+
+
+@pytest.mark.parametrize("dist", [*DISTS[:4], Distribution(temperature=2.5)], ids=str)
+@pytest.mark.parametrize("block", [7, 16, 64])
+def test_a_vocabulary_of_several_blocks_is_walked_through_like_one(dist, block, monkeypatch):
+    """The last block is not full; the numbers are those of a cumulative sum in float64."""
+    monkeypatch.setattr(draw_module, "STREAM_BLOCK", block)
+    hidden, weight = states(count=1, vocab=50)
+    noise = torch.cat([torch.linspace(0, 1, 401, dtype=torch.float64)[:-1], torch.tensor([1 - 2**-53]).double()])
+    drawn = draw(hidden.expand(len(noise), -1), Head(weight_VD=weight), dist, noise).token_ids_T
+    ids, one = torch.arange(50), Head(weight_VD=weight.double(), matmul_dtype=torch.float64)
+    logprobs = token_scores(hidden.double().expand(50, -1), one, ids, dist=dist).logprobs_T
+    cumulative = logprobs.exp().cumsum(0)
+    expected = torch.searchsorted(cumulative, noise * cumulative[-1], right=True).clamp_max(
+        int(ids[logprobs > -1e9][-1])
+    )
+    clear = (cumulative[None] / cumulative[-1] - noise[:, None]).abs().amin(1) > 1e-6  # float32 sums decide the others
+    assert int(clear.sum()) > 390 and torch.equal(drawn[clear], expected[clear])
+    kept = torch.isfinite(logprobs)
+    assert bool(kept[drawn].all()) and {int(drawn[0]), int(drawn[-1])} == {int(ids[kept][0]), int(ids[kept][-1])}
 
 
 def test_greedy_and_errors():

@@ -9,7 +9,7 @@ from scipy.stats import binom
 from tests.table_kit import drawn, evidence_of, logits_of, trace_rows
 
 from trueup.knobs import LimitsConfig
-from trueup.parity.draw_origins import IMPOSSIBLE_NATS, _likelihood, origin_of
+from trueup.parity.draw_origins import IMPOSSIBLE_NATS, ROUND_NATS, _likeliest, _likelihood, origin_of
 from trueup.parity.draw_parts import Drawn, contexts
 from trueup.parity.draws import (
     EXACT_COUNT,
@@ -431,3 +431,35 @@ def test_what_is_drawn_is_scored_once():
     watched = replace(evidence, ask=ask)
     judge_draws(watched, EngineModel(dist=dist), LimitsConfig(), noise_rms=0, token_limit=0)
     assert watched.scores(TRAINER, dist) is watched.spread(TRAINER, dist) and not asked
+
+
+@pytest.mark.parametrize("temperature", [0.26, 0.64, 0.83, 1.39])
+def test_a_temperature_between_those_that_are_tried_is_found(temperature):
+    """No finer grid holds a temperature under which the tokens are much likelier."""
+    evidence = evidence_of(LOGITS, trace_rows(drawn(LOGITS, temperature=temperature), LENGTH))
+    model, every_T = model_of(evidence), torch.ones(len(LOGITS), dtype=torch.bool)
+    likelihood, cause_id, words, dist = _likeliest(evidence, model, every_T)
+    assert cause_id == "S3" and abs(dist.temperature - temperature) < 0.04 and words == f"T'={dist.temperature:g}"
+    assert likelihood == _likelihood(evidence, model.source, dist, every_T)
+    near = [Distribution(temperature=dist.temperature + 0.0025 * n) for n in range(-40, 41)]
+    assert max(_likelihood(evidence, model.source, d, every_T) for d in near) < likelihood + ROUND_NATS + 0.1
+    assert (
+        round(dist.temperature, 2) == dist.temperature
+        or likelihood
+        > max(
+            _likelihood(evidence, model.source, Distribution(temperature=round(dist.temperature, n)), every_T)
+            for n in (1, 2)
+        )
+        + ROUND_NATS
+    )
+
+
+def test_one_wild_token_among_greedy_ones_is_not_another_temperature():
+    """Where greedy draws are declared, a token that no temperature makes likely leaves nothing that fits better."""
+    logits_TV = torch.zeros(200, 20, dtype=torch.float64)
+    logits_TV[:, 0] = 6.0
+    targets_T = torch.zeros(200, dtype=torch.long)
+    logits_TV[70, 5], targets_T[70] = -60.0, 5
+    draws, origin = judged(targets_T, logits_TV, length=20, sampling=SamplingParams(temperature=0.0))
+    assert draws.verdict == "mismatch" and (draws.tokens, draws.top_tokens) == (200, 199)
+    assert origin.id == "S13"

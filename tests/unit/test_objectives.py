@@ -51,6 +51,11 @@ def test_dual_clip_bounds_the_loss_of_bad_tokens():
     close(found.loss_T, [3.0, 2.0, -1.2])
     assert found.clipped_T.tolist() == [True, False, True]
     close(gradient(lambda x: obj.ppo(x, old, advantage, dual=3.0), new), [0.0, 2.0, 0.0])
+    half = obj.ppo(new, old, advantage / 2, dual=3.0)
+    close(half.loss_T, [1.5, 1.0, -0.6])
+    assert half.clipped_T.tolist() == [True, False, True]
+    none = obj.ppo(new, old, torch.zeros_like(advantage), dual=3.0)
+    assert not bool(none.loss_T.any()) and not bool(none.clipped_T.any())
 
 
 def test_grpo_and_dr_grpo_are_ppo_and_dapo_clips_higher():

@@ -113,7 +113,8 @@ def _inverse_cdf(logits_CV: Tensor, own: Reducer, noise_C: Tensor) -> Tensor:
     """The first token whose cumulative weight exceeds noise times the total; never one outside the kept set."""
     vocab = logits_CV.shape[1]
     reached_CN = own.reached()
-    goal_C = noise_C * reached_CN[:, -1]
+    total_C = reached_CN[:, -1]
+    goal_C = torch.minimum(noise_C * total_C, torch.nextafter(total_C, torch.zeros_like(total_C)))  # noise may round up
     block_C = (reached_CN <= goal_C[:, None]).sum(1).clamp_max(reached_CN.shape[1] - 1)
     before_CN = torch.cat([torch.zeros_like(reached_CN[:, :1]), reached_CN[:, :-1]], dim=1)
     before_C = before_CN.gather(1, block_C[:, None])
