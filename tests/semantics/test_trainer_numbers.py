@@ -72,7 +72,9 @@ def test_the_kl_term_counts_apart_what_the_reference_cannot_draw(tmp_path, tiny)
         .metrics
         for kl in (0.0, 0.5)
     )
-    assert 0 < with_kl["tokens/outside_reference_set/count"] < with_kl["tokens/trained/count"]
+    outside = int((~trainer_of(other).score(made).inside_T).sum())
+    assert with_kl["tokens/outside_reference_set/count"] == outside
+    assert 0 < outside < with_kl["tokens/trained/count"] and 2 * outside != with_kl["tokens/trained/count"]
     kl = with_kl["loss/total"] - plain["loss/total"]
     assert kl == pytest.approx(0.5 * with_kl["policy/kl_reference/mean"], rel=1e-4) and kl > 0
 

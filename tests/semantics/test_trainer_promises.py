@@ -9,6 +9,7 @@ from tests.semantics.test_trainer import sample, trainer_of
 
 from trueup.errors import ConfigError
 from trueup.model.tiny import make_tiny
+from trueup.pipeline import trainer as trainer_module
 from trueup.pipeline.recipe import Recipe
 from trueup.policy.corrections import vcpo_scale
 from trueup.policy.packing import pack
@@ -236,3 +237,56 @@ def test_late_groups_need_a_correction(tiny):
     with pytest.raises(ConfigError, match=r"rollout\.late = train"):
         recipe_of(build_config(values | {"objective": {"old": "decoupled"}}))
     recipe_of(build_config(values | {"correction": {"kind": "truncate_tokens"}, "objective": {"old": "decoupled"}}))
+
+
+def test_versions_count_batches(tiny, groups):
+    trainer = trainer_of(tiny, optimizer={"lr": 1e-4})
+    assert [trainer.step(groups).version for _ in range(3)] == [1, 2, 3] and trainer.version == 3
+
+
+def test_vcpo_takes_the_ess_that_an_on_policy_batch_would_have(tiny, groups):
+    """Half of it is expected: the rate is that of a batch with twice the ESS, as long as it is not above 1."""
+    made, rates = [shifted(groups[:1], 0.4)[0], *groups[1:]], []
+    for expected in (1.0, 0.5):
+        trainer = trainer_of(tiny, correction={"vcpo_ess": expected}, optimizer={"lr": 1e-3})
+        rates.append(trainer.step(made).metrics["optimizer/lr"])
+    scored, batch = trainer_of(tiny).score(made), pack(made)
+    log_ratio_T = scored.logprobs_T.double() - batch.behaviour_logprobs_T
+    assert rates == pytest.approx([1e-3 * vcpo_scale(log_ratio_T, batch.row_T, on_policy_ess=e) for e in (1.0, 0.5)])
+    assert rates[0] < 0.99 * rates[1]
+
+
+def test_weights_are_normalised_over_the_batch_and_not_over_its_parts(tiny, groups):
+    made = [shifted(groups[:1], 0.4)[0], *groups[1:]]
+    found = [
+        trainer_of(tiny, correction={"kind": "truncate_tokens", "normalise": True}, micro_tokens=size)
+        .step(made)
+        .metrics
+        for size in (40, 4096)
+    ]
+    assert found[0]["grad/norm/mean"] == pytest.approx(found[1]["grad/norm/mean"], rel=1e-4)
+
+
+def test_interpolation_counts_the_steps_that_were_taken_of_those_planned(tiny, groups, monkeypatch):
+    """Two epochs of two minibatches: before the second, third and fourth step pi is 1/4, 2/4, 3/4 of a version on."""
+    asked = []
+    guess = trainer_module.interpolated
+
+    def spy(*args, proximal_version, current_version):
+        asked.append(current_version - proximal_version)
+        return guess(*args, proximal_version=proximal_version, current_version=current_version)
+
+    monkeypatch.setattr(trainer_module, "interpolated", spy)
+    trainer = trainer_of(tiny, objective={"old": "interpolated"}, minibatches=2, epochs=2, optimizer={"lr": 1e-4})
+    trainer.step(groups)
+    assert list(dict.fromkeys(asked)) == [0.25, 0.5, 0.75]
+
+
+def test_the_kl_term_is_the_estimator_that_was_asked_for(tiny, groups):
+    """K2 and K3 of one gap differ, and so do their gradients (at the start the reference is the policy: lag it)."""
+    found = []
+    for estimator in ("k2", "k3"):
+        trainer = trainer_of(tiny, objective={"kl": 1.0, "kl_estimator": estimator}, optimizer={"lr": 1e-2})
+        trainer.step(groups)
+        found.append(trainer.step(groups).metrics["grad/norm/mean"])
+    assert found[0] != pytest.approx(found[1], rel=1e-6)

@@ -161,3 +161,9 @@ def test_empty_masks_and_non_finite_values_are_refused():
         d.select(torch.tensor([0.0, math.nan, 0, 0, 0]), torch.ones(5))
     with pytest.raises(NumericsError, match="trainer logprobs for"):
         ratios.token_log_ratio(torch.zeros(3), torch.zeros(4))
+
+
+def test_the_correlation_of_a_few_small_probabilities():
+    p, q = torch.tensor([0.01, 0.02, 0.04, 0.03]).log(), torch.tensor([0.02, 0.01, 0.05, 0.03]).log()
+    expected = np.corrcoef(p.double().exp().numpy(), q.double().exp().numpy())[0, 1]
+    assert d.probability_pearson(p, q) == pytest.approx(expected) and math.isnan(d.probability_pearson(p, q * 0))

@@ -92,3 +92,13 @@ def test_a_policy_without_a_favourite_is_not_called_greedy():
     targets_T = torch.randint(0, VOCAB, (len(flat_TV),), generator=torch.Generator().manual_seed(0))
     draws, _ = judged(trace_rows(targets_T, LENGTH), flat_TV)
     assert draws.verdict == "agree" and draws.top_tokens == draws.top_expected == len(flat_TV)
+
+
+def test_completions_that_ended_without_an_end_token_are_counted():
+    """Four finish reasons say that one was met, where 25 ends were expected."""
+    rows, logits_TV = completions(drawn(SUPPRESSED))
+    rows = [replace(r, finish_reason="stop") if at < 4 else r for at, r in enumerate(rows)]
+    draws, origin = judged(rows, logits_TV)
+    assert (
+        draws.no_ends and origin.id == "S13" and draws.why.startswith(f"4 of {len(logits_TV)} tokens end a completion")
+    )

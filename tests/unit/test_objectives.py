@@ -235,3 +235,9 @@ def test_weights_of_parts_add_up_to_the_whole(lengths, how, chooser):
     parts = sum(float((weight * loss)[row == r].sum()) for r in range(len(lengths)))
     whole = obj.aggregate(loss, how, mask_T=mask, row_T=row, group_S=group, fixed_length=6)
     assert parts == pytest.approx(float(whole))
+
+
+def test_a_prompt_whose_tokens_are_all_masked_is_in_no_mean():
+    mask = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 0.0])
+    weight = obj.token_weights(Aggregation.PROMPT, mask, torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([0, 1, 3]))
+    close(weight, [0.25, 0.25, 0.25, 0.25, 0.0, 0.0])
