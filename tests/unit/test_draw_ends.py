@@ -1,12 +1,15 @@
 """parity/draw_ends.py: end tokens that should have been drawn and were not; and policies that have no favourite."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
+from scipy.stats import poisson
 from tests.table_kit import drawn, evidence_of, logits_of, trace_rows
 
 from trueup.knobs import LimitsConfig
+from trueup.parity.draw_ends import missing_ends
 from trueup.parity.draw_origins import origin_of
 from trueup.parity.draws import judge_draws
 from trueup.parity.evidence import EngineModel
@@ -102,3 +105,19 @@ def test_completions_that_ended_without_an_end_token_are_counted():
     assert (
         draws.no_ends and origin.id == "S13" and draws.why.startswith(f"4 of {len(logits_TV)} tokens end a completion")
     )
+
+
+@pytest.mark.parametrize(("share", "missed"), [(0.99, False), (1.01, True)])
+def test_ends_are_missed_at_the_rate_of_a_poisson_number(share, missed):
+    """Ten ends; an engine whose rounding may make ends less likely by that much is excused."""
+    rows, logits_TV = completions(drawn(SUPPRESSED))
+    rows = [replace(r, finish_reason="stop") if at < 10 else r for at, r in enumerate(rows)]
+    evidence = evidence_of(logits_TV, rows, facts=Facts(vocab=VOCAB, eos_ids=(END,)))
+    model, fresh_T = EngineModel(dist=evidence.case.processed), torch.ones(len(logits_TV), dtype=torch.bool)
+    expected = float(logits_TV.softmax(1)[:, END].sum())
+    assert expected > 20
+    rate = share * poisson.cdf(10, expected)
+    assert bool(missing_ends(evidence, model, fresh_T, rate=rate, noise_rms=0.0)) == missed
+    rate = share * poisson.cdf(10, expected * math.exp(-0.3))
+    assert bool(missing_ends(evidence, model, fresh_T, rate=rate, noise_rms=0.3)) == missed
+    assert not missing_ends(evidence, model, fresh_T, rate=1.0, noise_rms=math.log(expected / 10.5))

@@ -9,7 +9,7 @@ from tests.table_kit import drawn, evidence_of, logits_of, trace_rows
 from trueup.parity.compare import Residual, residual
 from trueup.parity.evidence import EngineModel
 from trueup.parity.facts import Facts
-from trueup.parity.marks import EDGE_FLOORS, at_edge, fillers, neighbours, without
+from trueup.parity.marks import EDGE_FLOORS, at_edge, fillers, neighbours, tied_nats, without
 from trueup.policy.processing import Distribution
 from trueup.types import SamplingParams
 
@@ -279,3 +279,26 @@ def test_residuals_that_cannot_be_compared_do_not_count_as_explained():
     wild_T[unusable] = 1e6
     cause = found.cause(evidence, Residual(residual_T=wild_T, usable_T=usable_T, edge_T=now.edge_T, row_T=now.row_T))
     assert cause.explained == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_kept_set_that_ties_make_larger_may_be_off_by_its_size():
+    """Four equal logits where top-k says two: the trainer keeps all of them, at half of what an engine reports."""
+    logits_TV = torch.zeros(LENGTH, 20, dtype=torch.float64)
+    logits_TV[:, :4] = 5.0
+    logits_TV[1:, 1:4] = torch.tensor([4.0, 3.0, 2.0], dtype=torch.float64)
+    evidence, _ = plain(torch.zeros(LENGTH), logits_TV=logits_TV, targets_T=torch.zeros(LENGTH, dtype=torch.long))
+    found = tied_nats(evidence, Distribution(top_k=2)).tolist()
+    assert found[0] == pytest.approx(math.log(2)) and found[1:] == [-math.inf] * (LENGTH - 1)
+
+
+@pytest.mark.parametrize(("noise_rms", "excused"), [(COARSE, True), (FINE, False)])
+def test_several_near_ties_below_the_cut_are_excused_in_16_bits_only(noise_rms, excused):
+    """Rank six of a top-k of three, within rounding of the third: in float32 one more neighbour may come, no others."""
+    logits_TV = torch.zeros(LENGTH, 20, dtype=torch.float64)
+    logits_TV[:, :6] = 5.0 - 1e-5 * torch.arange(6, dtype=torch.float64)
+    targets_T = torch.zeros(LENGTH, dtype=torch.long)
+    targets_T[4] = 5
+    values_T = torch.full((LENGTH,), -math.log(3), dtype=torch.float64)
+    evidence, now = plain(values_T, logits_TV=logits_TV, targets_T=targets_T, sampling=SamplingParams(top_k=3))
+    assert now.edge_T.tolist() == [at == 4 for at in range(LENGTH)]
+    assert bool(at_edge(evidence, now, noise_rms=noise_rms, token_limit=0.01)[4]) == excused

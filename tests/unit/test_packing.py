@@ -102,3 +102,15 @@ def test_a_batch_of_nothing_and_advantages_of_another_size():
             rollouts=(rollout, Rollout(**{f: getattr(rollout, f) for f in rollout.__slots__} | {"prompt": other})),
             rewards=(1.0, 0.0),
         )
+
+
+@pytest.mark.parametrize(("shared", "budget", "sizes"), [(True, 30, [4]), (True, 29, [3, 1]), (False, 30, [2, 2])])
+def test_a_prompt_that_is_shared_counts_once_for_its_neighbours(shared, budget, sizes):
+    """Four completions of five tokens and their prompt of ten."""
+    prompt = Prompt(prompt_id="p", task="t", token_ids=tuple(range(10)))
+    one = Rollout(
+        prompt=prompt, token_ids=(1,) * 5, behaviour_logprobs=(-1.0,) * 5, logprob_kind=LogprobKind.PROCESSED,
+        weight_versions=(0,) * 5, sampling=SamplingParams(), finish_reason="stop", engine="e",
+    )  # fmt: skip
+    batch = pack([RolloutGroup(rollouts=(one,) * 4, rewards=(0.0,) * 4)])
+    assert [len(chunk) for chunk in micro_batches(batch, max_tokens=budget, shared_prompts=shared)] == sizes
