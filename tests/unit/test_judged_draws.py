@@ -463,3 +463,20 @@ def test_one_wild_token_among_greedy_ones_is_not_another_temperature():
     draws, origin = judged(targets_T, logits_TV, length=20, sampling=SamplingParams(temperature=0.0))
     assert draws.verdict == "mismatch" and (draws.tokens, draws.top_tokens) == (200, 199)
     assert origin.id == "S13"
+
+
+def test_the_surprise_is_brought_closer_by_the_square_of_the_noise():
+    targets_T = drawn(LOGITS, temperature=1.3)
+    evidence = evidence_of(LOGITS, trace_rows(targets_T, LENGTH))
+    scores, every_T = evidence.spread(TRAINER, Distribution()), torch.ones(len(targets_T), dtype=torch.bool)
+    for noise_rms in (0.1, 0.3):
+        found = judged(targets_T, noise_rms=noise_rms)[0].surprise_z
+        assert found == pytest.approx(_surprise(scores, every_T, slack=len(targets_T) * noise_rms**2))
+        assert 0 < found < _surprise(scores, every_T, slack=0.0)
+
+
+def test_tokens_that_a_model_says_nothing_about_are_no_draws():
+    evidence = evidence_of(LOGITS, trace_rows(drawn(LOGITS), LENGTH))
+    fresh_T, copies, shared = independent(evidence, replace(model_of(evidence), skip="last"), LIMITS)
+    assert (~fresh_T).nonzero()[:, 0].tolist() == list(range(LENGTH - 1, LENGTH * ROWS, LENGTH))
+    assert not copies and not shared and bool(independent(evidence, model_of(evidence), LIMITS)[0].all())

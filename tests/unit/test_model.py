@@ -49,7 +49,7 @@ def rows(vocab=120):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logprobs_of_every_family_equal_its_own_forward(name, tmp_path):
     model = load_model(family(name, tmp_path / "m"), dtype=torch.float32)
-    head = Head(weight_VD=model.weight_VD, bias_V=model.bias_V, softcap=model.softcap, scale=model.logit_scale)
+    head = Head.of(model, torch.float32)
     assert model.tied == FAMILIES[name].get("tie_word_embeddings", name in ("Gemma", "Gemma2", "Cohere"))
     for row, hidden_TD in zip(rows(), hidden_states(model, rows(), batch_rows=3), strict=True):
         targets = torch.tensor(row.completion_ids)
