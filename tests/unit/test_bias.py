@@ -73,6 +73,7 @@ def test_an_id_with_a_missing_number_is_not_constantly_off():
 
 def test_an_id_that_is_expected_often_and_never_drawn_is_forbidden():
     assert ((3,), -math.inf) in offered({3: -math.inf})
+    assert ((VOCAB - 1,), -math.inf) in offered({VOCAB - 1: -math.inf}), "no id above it is drawn"
     both = [ids for ids, bias in offered({3: -math.inf, 9: -math.inf}) if bias == -math.inf]
     assert both == [(3, 9)]
     detail = bias_variants(pair({3: -math.inf, 9: -math.inf})[0], PLAIN)[0].detail

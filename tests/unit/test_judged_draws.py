@@ -367,6 +367,8 @@ def test_draws_whatever_their_length_are_judged_among_the_ids_that_end_nothing(t
     end_T = logits_TV.softmax(1)[:, end] / kept_T
     assert bool((end_T[apart_T] < likely).all()) and not apart_T[[7, 11, 12]].any()
     assert bool(apart_T[(end_T < 0.9 * likely) & (targets_T != end)].all()) and int(apart_T.sum()) > 3
+    own_T = evidence.spread(TRAINER, dist).logprobs_T.double() - torch.log1p(-end_T)
+    torch.testing.assert_close(found.logprobs_T[apart_T], own_T[apart_T])
     if not truncates:
         others_TV = logits_TV.clone()
         others_TV[:, end] = -torch.inf
