@@ -102,9 +102,8 @@ def test_the_limit_of_a_bias_is_the_widest_of_three():
     wide = replace(FLOOR, rms=100.0, bias=0.02)
     assert limit(wide) == pytest.approx(0.02 + LIMITS.sequence_nats / LENGTH)
     shifted = judge(noise() + 0.5, ROW, FLOOR, LIMITS)
-    assert shifted.bias_limit == pytest.approx(
-        max(LIMITS.min_bias, LIMITS.bias_sigmas * shifted.bias_se), rel=1e-9
-    ) or (shifted.bias_limit == pytest.approx(LIMITS.bias_factor * FLOOR.rms))
+    allowed = min(LIMITS.bias_factor * FLOOR.rms, LIMITS.sequence_nats / LENGTH)
+    assert shifted.bias_limit == pytest.approx(max(LIMITS.min_bias, allowed, LIMITS.bias_sigmas * shifted.bias_se))
     errors = shifted.bias / shifted.bias_se
     assert any(f"bias {shifted.bias:+.3g} nats a token, {errors:.0f} standard errors" in r for r in shifted.reasons)
 
