@@ -75,6 +75,11 @@ def test_the_kl_term_counts_apart_what_the_reference_cannot_draw(tmp_path, tiny)
     outside = int((~trainer_of(other).score(made).inside_T).sum())
     assert with_kl["tokens/outside_reference_set/count"] == outside
     assert 0 < outside < with_kl["tokens/trained/count"] and 2 * outside != with_kl["tokens/trained/count"]
+    assert trainer_of(tiny).reference is None, "without a KL term nothing is held for it"
+    reference, own_T = trainer_of(other).score(made), trainer_of(tiny).score(made).logprobs_T.double()
+    gap_T = (reference.logprobs_T.double() - own_T)[reference.inside_T]
+    k3 = float((gap_T.exp() - gap_T - 1).sum()) / len(own_T)
+    assert with_kl["policy/kl_reference/mean"] == pytest.approx(k3, rel=1e-4), "nothing stands where it is infinite"
     kl = with_kl["loss/total"] - plain["loss/total"]
     assert kl == pytest.approx(0.5 * with_kl["policy/kl_reference/mean"], rel=1e-4) and kl > 0
 

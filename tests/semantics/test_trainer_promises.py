@@ -227,6 +227,8 @@ def test_minibatches_are_shuffled_by_seed_and_the_same_again(tiny, groups):
     assert orders[0] == orders[1] and orders[0] != orders[2] and orders[0][0] != orders[0][1]
     assert sorted(row for part in orders[0][0] for row in part) == list(range(16))
     assert trainer_of(tiny)._minibatches(batch, 0) == [list(range(16))]
+    halves = {str(trainer_of(tiny, minibatches=2, seed=seed)._minibatches(batch, 0)) for seed in range(5)}
+    assert len(halves) > 1, "two are shuffled as well"
 
 
 def test_late_groups_need_a_correction(tiny):

@@ -105,6 +105,20 @@ def test_completions_that_ended_without_an_end_token_are_counted():
     assert (
         draws.no_ends and origin.id == "S13" and draws.why.startswith(f"4 of {len(logits_TV)} tokens end a completion")
     )
+    last, logits_TV = completions(drawn(SUPPRESSED))
+    last[-1] = replace(last[-1], finish_reason="stop")
+    assert judged(last, logits_TV)[0].why.startswith(f"1 of {len(logits_TV)} tokens end")
+
+
+def test_where_two_of_five_completions_ended_too_few_may_have():
+    """Only where most of them ended are ends surely not what is missing."""
+    likely_TV = LOGITS.clone()
+    likely_TV[:, END] = LOGITS.masked_fill(torch.arange(VOCAB) == END, -torch.inf).logsumexp(1) - 3.2
+    rows = [
+        replace(r, finish_reason="stop" if at % 5 < 2 else "length")
+        for at, r in enumerate(completions(drawn(SUPPRESSED))[0])
+    ]
+    assert len(rows) == ROWS and judged(rows, likely_TV)[0].no_ends
 
 
 @pytest.mark.parametrize(("share", "missed"), [(0.99, False), (1.01, True)])

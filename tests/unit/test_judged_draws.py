@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from scipy.stats import binom
 from tests.table_kit import drawn, evidence_of, logits_of, trace_rows
 
 from trueup.knobs import LimitsConfig
+from trueup.parity import draws as draws_module
 from trueup.parity.draw_origins import IMPOSSIBLE_NATS, ROUND_NATS, _likeliest, _likelihood, origin_of
-from trueup.parity.draw_parts import Drawn, contexts
+from trueup.parity.draw_parts import NOISE_SIGMAS, Drawn, contexts
 from trueup.parity.draws import (
     EXACT_COUNT,
     SKEW,
@@ -196,6 +198,8 @@ def test_rounding_brings_a_count_closer_to_its_expectation_and_not_beyond():
     assert counted(80, 0.05, False) < 80 and counted(20, 0.05, False) > 20
     assert counted(80, 0.05, True) < counted(80, 0.05, False), "what is rounded alike moves alike"
     assert counted(80, 5.0, True) == 50 == counted(20, 5.0, True)
+    moved = 1 / (1 + math.exp(-2 * math.sqrt(2) * 0.3)) - 0.5  # of each probability, at two times 0.3 nats a logit
+    assert counted(100, 0.3, False) == math.ceil(100 - NOISE_SIGMAS * math.sqrt(100) * moved)
 
 
 def test_tokens_that_are_greedy_at_random_are_no_other_temperature():
@@ -266,6 +270,8 @@ def test_rounding_is_given_half_of_its_square_and_more():
     assert _surprise(scores, usable_T, slack=0.0) == pytest.approx(6 / math.sqrt(3))
     assert _surprise(scores, usable_T, slack=2.0) == pytest.approx(4 / math.sqrt(3))
     assert _surprise(replace(scores, varentropy_T=torch.zeros(4)), usable_T, slack=0.0) == 0
+    narrow = replace(scores, varentropy_T=torch.full((4,), 0.12))
+    assert _surprise(narrow, usable_T, slack=0.0) == pytest.approx(10.0, rel=1e-6), "less than one nat of spread, too"
 
 
 @pytest.mark.parametrize(("trials", "tolerance"), [(60, 1e-9), (EXACT_COUNT, 1e-9), (4 * EXACT_COUNT, 0.1)])
@@ -280,6 +286,8 @@ def test_the_chance_of_a_count_is_that_of_the_nearer_tail(trials, tolerance, sha
 def test_chances_beyond_one_are_certainties():
     assert top_count_chance(torch.tensor([1.0000001, 0.5]), 1) == pytest.approx(0.5)
     assert top_count_chance(torch.ones(600), 600) == 0.5
+    sure_T = torch.full((4 * EXACT_COUNT,), 1 - 1e-5, dtype=torch.float64)
+    assert top_count_chance(sure_T, len(sure_T) - 3) < 1e-9, "three of thousands that were as good as certain"
 
 
 @pytest.mark.parametrize(
@@ -414,6 +422,7 @@ def test_few_tokens_say_from_which_temperature_on_draws_would_show():
     needed = (SKEW * normal_quantile(rate / 2) + normal_quantile(0.05)) / math.sqrt(512 * 0.5)
     assert f"from {1 / (1 + needed):.2g} times" in said(512) and "0.71 times" in said(512)
     assert said(20_000) == "" and said(64, variance=0.0).startswith("in so few tokens")
+    assert f"from {1 / (1 + needed * math.sqrt(512 * 0.5) / 0.5):.2g} times" in said(1, variance=0.25)
 
 
 def test_a_trainer_of_another_kind_changes_nothing_about_draws():
@@ -482,3 +491,50 @@ def test_tokens_that_a_model_says_nothing_about_are_no_draws():
     fresh_T, copies, shared = independent(evidence, replace(model_of(evidence), skip="last"), LIMITS)
     assert (~fresh_T).nonzero()[:, 0].tolist() == list(range(LENGTH - 1, LENGTH * ROWS, LENGTH))
     assert not copies and not shared and bool(independent(evidence, model_of(evidence), LIMITS)[0].all())
+    copied = evidence_of(
+        LOGITS[:LENGTH].repeat(2, 1), trace_rows(drawn(LOGITS[:LENGTH]).repeat(2), LENGTH, prompts=[1, 1])
+    )
+    fresh_T, copies, shared = independent(copied, replace(model_of(copied), skip="last"), LIMITS)
+    assert copies == 1 and shared and fresh_T.nonzero()[:, 0].tolist() == list(range(LENGTH - 1)), "both are left out"
+
+
+@pytest.mark.parametrize(("share", "verdict"), [(0.99, "agree"), (1.01, "mismatch")])
+def test_the_surprise_may_be_as_large_as_its_false_alarm_rate_allows(monkeypatch, share, verdict):
+    """On both sides together: half of the rate on each."""
+    limit = SKEW * normal_quantile(LIMITS.false_alarm_rate / STATISTICS / 2)
+    for sign in (-1, 1):
+        monkeypatch.setattr(draws_module, "_surprise", lambda *_, sign=sign, **__: sign * share * limit)
+        draws, _ = judged(drawn(LOGITS))
+        assert draws.verdict == verdict and ("surprising" in draws.why) == (verdict == "mismatch")
+
+
+def test_what_cannot_be_compared_does_not_come_back_where_lengths_were_chosen():
+    targets_T = drawn(LOGITS, top_k=4)
+    targets_T[3::LENGTH] = LOGITS[3::LENGTH].argmin(1)
+    draws, _ = judged(
+        targets_T, whatever_length=True, sampling=SamplingParams(top_k=4), facts=Facts(vocab=LOGITS.shape[1])
+    )
+    assert draws.tokens == len(targets_T) - ROWS
+
+
+def test_how_cold_draws_must_be_is_said_of_the_tokens_that_count():
+    """Half of the tokens are appended, say: what the others show is what is promised."""
+    few = (n for n in range(20, ROWS, 2) if not judged(drawn(LOGITS[: n * LENGTH]), LOGITS[: n * LENGTH])[0].blind)
+    logits_TV = LOGITS[: next(few) * LENGTH]
+    evidence = evidence_of(logits_TV, trace_rows(drawn(logits_TV), 2))
+    draws = judge_draws(evidence, replace(model_of(evidence), skip="last"), LIMITS, **CLOSE)
+    assert draws.tokens == len(logits_TV) / 2 and "in so few tokens" in draws.blind
+
+
+def test_appended_tokens_make_no_distribution_likelier():
+    """How much likelier the tokens are under another temperature is counted in tokens that were drawn."""
+    cold_T = drawn(LOGITS, temperature=0.7)
+    last_T = torch.arange(len(cold_T)) % LENGTH == LENGTH - 1
+    targets_T = torch.where(last_T, LOGITS.argmin(1), cold_T)
+    evidence = evidence_of(LOGITS, trace_rows(targets_T, LENGTH))
+    model = replace(model_of(evidence), skip="last")
+    by = partial(judge_draws, evidence, limits=LIMITS, **CLOSE)
+    origin = origin_of(evidence, by(model), model, by)
+    shift_TV = (LOGITS / 0.7).log_softmax(1) - LOGITS.log_softmax(1)
+    likelier = float(shift_TV.gather(1, cold_T[:, None])[~last_T].sum())
+    assert origin.id == "S3" and f"{likelier:.0f} nats likelier" in origin.evidence

@@ -14,7 +14,7 @@ from trueup.policy.head import Head
 from trueup.policy.logprobs import token_scores, token_scores_under
 from trueup.policy.processing import Distribution, History
 from trueup.policy.reduction import Reducer, Wanted
-from trueup.types import LogprobKind, SamplingParams
+from trueup.types import SAMPLING_FIELDS, LogprobKind, SamplingParams
 
 
 def identity_head(logits: list[list[float]]) -> tuple[torch.Tensor, Head]:
@@ -90,6 +90,26 @@ def batch(tokens=9, width=6, vocab=37, seed=0, scale=3.0):
         prompts=(torch.tensor([1, 2, 3, 3]), torch.tensor([5, 0])),
     )
     return hidden, weight, targets, history
+
+
+def test_a_request_names_its_distribution_whole():
+    sampling = SamplingParams(
+        temperature=0.7, top_p=0.9, top_k=12, min_p=0.1, repetition_penalty=1.2, presence_penalty=0.3,
+        frequency_penalty=0.4,
+    )  # fmt: skip
+    found = Distribution.of(LogprobKind.PROCESSED, sampling)
+    names = [n for n in SAMPLING_FIELDS if hasattr(found, n)]
+    assert len(names) == 7 and all(getattr(found, n) == getattr(sampling, n) for n in names) and found.min_p_first
+    assert not Distribution.of(LogprobKind.PROCESSED, sampling, min_p_first=False).min_p_first
+    assert Distribution.of(LogprobKind.PROCESSED, SamplingParams(), min_p_first=False).min_p_first, "no min-p, no order"
+    assert Distribution.of(LogprobKind.TEMPERED, sampling) == Distribution(temperature=0.7)
+    assert Distribution.of(LogprobKind.RAW, sampling) == Distribution()
+
+
+@pytest.mark.parametrize("wrong", [{"top_p": 1.5}, {"top_p": 0.0}, {"min_p": 1.5}, {"top_k": -1}])
+def test_what_is_no_distribution_is_refused(wrong):
+    with pytest.raises(NumericsError, match="not a distribution"):
+        Distribution(**wrong)
 
 
 def test_two_tokens_by_hand():

@@ -31,7 +31,10 @@ def family(name, folder):
     config = getattr(transformers, f"{name}Config")(
         **(SMALL | FAMILIES[name]), pad_token_id=0, bos_token_id=1, eos_token_id=2
     )
-    getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(folder)
+    lm = getattr(transformers, f"{name}ForCausalLM")(config)
+    if lm.lm_head.bias is not None:
+        torch.nn.init.normal_(lm.lm_head.bias)
+    lm.save_pretrained(folder)
     return folder
 
 

@@ -198,6 +198,7 @@ def test_aggregation_by_hand():
     close(obj.aggregate(loss, Aggregation.SEQUENCE, mask_T=every, **arguments), (2 + 15 + 100) / 3)
     close(obj.aggregate(loss, Aggregation.PROMPT, mask_T=every, **arguments), (36 / 5 + 100) / 2)
     close(obj.aggregate(loss, Aggregation.FIXED, mask_T=every, fixed_length=4, **arguments), 136 / 12)
+    close(obj.aggregate(loss, Aggregation.FIXED, mask_T=every, fixed_length=1, **arguments), 136 / 3)
     some = torch.tensor([True, False, True, False, False, True])  # the second sequence is masked out
     close(obj.aggregate(loss, Aggregation.TOKEN, mask_T=some, **arguments), 104 / 3)
     close(obj.aggregate(loss, Aggregation.SEQUENCE, mask_T=some, **arguments), (2 + 100) / 2)
