@@ -35,7 +35,7 @@ def ids(setting):
 @pytest.mark.parametrize(
     ("name", "causes"),
     [
-        ("0.18.1-defaults", {"S1"}),
+        pytest.param("0.18.1-defaults", {"S1"}, marks=pytest.mark.slow),
         pytest.param("0.32.0-processed-fp32", set(), marks=pytest.mark.slow),
         pytest.param("0.8.5-v0", {"I1"}, marks=pytest.mark.slow),
     ],

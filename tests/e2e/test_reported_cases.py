@@ -116,8 +116,12 @@ def ids(report):
         pytest.param(
             "21b-trainer-not-shifted", "T1", "trainer", "logits that are 1 position too late", marks=pytest.mark.slow
         ),
-        ("27a-trainer-forgets-temperature", "S2", "trainer", "your trainer fits raw logprobs"),
-        ("62a-drawn-greedily", "S3", "engine", "247 of 247 tokens are the most likely one"),
+        pytest.param(
+            "27a-trainer-forgets-temperature", "S2", "trainer", "your trainer fits raw logprobs", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "62a-drawn-greedily", "S3", "engine", "247 of 247 tokens are the most likely one", marks=pytest.mark.slow
+        ),
         ("65a-all-zero", "S9", "log", "carry exactly 0"),
         ("66-two-zero-filled", "S9", "log", "2 carry exactly 0"),
     ],
@@ -161,6 +165,7 @@ def test_wrong_older_weights_are_no_staleness(tmp_path, rows):
     assert rows is not None or "tokens stamped 40 fit" in report.causes[0].evidence
 
 
+@pytest.mark.slow
 def test_tokens_of_tools_are_context_and_no_evidence():
     report = checked("01a-tool-tokens-zero")
     assert report.verdict == "agree" and not report.causes

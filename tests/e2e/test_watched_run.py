@@ -70,7 +70,7 @@ def test_a_cause_that_was_accepted_is_written_down_and_the_run_goes_on(tmp_path)
     assert json.loads((tmp_path / "run" / "parity" / "accepted.json").read_text()) == ["S1"]
 
 
-@pytest.mark.parametrize("clear_cache", [True, False])
+@pytest.mark.parametrize("clear_cache", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_backend_stays_at_its_floor_while_staleness_grows_with_lag(tmp_path, clear_cache):
     """Lags are compared inside an audit: how far the policy moves in a batch changes from batch to batch."""
     make_tiny(tmp_path / "tiny")
@@ -121,6 +121,7 @@ def test_the_summary_and_the_picture_come_from_the_folder(tmp_path):
     assert json.loads((run / "summary.json").read_text())["audits"] == 2
 
 
+@pytest.mark.slow
 def test_an_auditor_that_is_killed_is_started_again_and_asked_again(tmp_path, monkeypatch):
     """Once while it is still starting, once with an audit under way."""
     make_tiny(tmp_path / "tiny")
