@@ -10,8 +10,10 @@ from torch import Tensor
 
 from trueup.parity.evidence import Case, Evidence, Source, Tokens
 from trueup.parity.facts import Facts
+from trueup.parity.places import Places
 from trueup.policy.head import Head
 from trueup.policy.logprobs import token_scores_under
+from trueup.policy.processing import History
 from trueup.trace import EngineInfo, TraceRow
 from trueup.types import LogprobKind, SamplingParams
 
@@ -57,15 +59,22 @@ def evidence_of(
 
     def ask(source, dists, varentropy=False):
         assert isinstance(source, Source)
-        return token_scores_under(logits_TV, head, tokens.targets_T, dists=dists, varentropy=varentropy)
+        history = History(row_T=tokens.row_T, prompts=tokens.prompts)
+        return token_scores_under(
+            logits_TV, head, tokens.targets_T, dists=dists, history=history, varentropy=varentropy
+        )
 
     def mass(source, temperature, ids):
         assert isinstance(source, Source)
         return (logits_TV / temperature).softmax(1)[:, list(ids)].sum(1)
 
+    def places(source, temperature):
+        assert isinstance(source, Source)
+        return Places.of([(logits_TV / temperature).softmax(1)], tokens.targets_T)
+
     return Evidence(
         case=Case(engine=EngineInfo(), sampling=sampling or SamplingParams(), trainer=trainer, omitted=omitted),
         tokens=tokens, ask=ask, ask_spread=lambda source, dist: ask(source, [dist], varentropy=True)[0],
-        mass=mass,
+        mass=mass, places=places,
         expected=lambda: logits_TV.softmax(1).sum(0), facts=facts or Facts(vocab=logits_TV.shape[1]), whole=whole,
     )  # fmt: skip

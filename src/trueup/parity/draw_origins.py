@@ -12,6 +12,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from trueup.knobs import LimitsConfig
+from trueup.parity.draw_bets import CHANGED_IDS, CHANGED_PLACES
 from trueup.parity.draws import Draws, independent
 from trueup.parity.evidence import Case, EngineModel, Evidence, Source
 from trueup.parity.report import Cause
@@ -22,8 +23,24 @@ FILTERS: dict[str, tuple[float, ...]] = {
     "top_p": (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0),
     "top_k": (0, 1, 2, 5, 10, 20, 40, 50, 100),
     "min_p": (0.0, 0.02, 0.05, 0.1, 0.2),
+    "repetition_penalty": (1.0, 1.1, 1.2, 1.3),
+    "presence_penalty": (0.0, 0.5, 1.0),
+    "frequency_penalty": (0.0, 0.5, 1.0, 2.0),
 }
 """What draws are compared with to say where they may come from."""
+CHANGED = {
+    CHANGED_IDS: (
+        "some ids are drawn more or less often than the distribution says",
+        "compare what changes single ids in the sampler with the request: logit_bias, bad_words, allowed or suppressed "
+        "ids, a vocabulary that is cut; and log it with the sampling parameters",
+    ),
+    CHANGED_PLACES: (
+        "tokens are drawn unevenly from the distribution that is declared",
+        "compare the sampler's random numbers and its cumulative sums with the distribution: a generator that is "
+        "seeded again, uniform numbers of low precision or from a part of [0, 1)",
+    ),
+}
+"""Title and fix where a bet on ids, or on places in the distribution, won."""
 CHANGE_DRAWS = frozenset({"S3", "S5", "S6", "S7", "S13"})
 """Causes that can change what tokens are drawn, whatever the numbers beside them say."""
 LIKELIER_NATS = 7.0
@@ -67,6 +84,8 @@ def origin_of(
             "speculative or batched paths",
             draws.why,
         )  # fmt: skip
+    if draws.bet in (CHANGED_IDS, CHANGED_PLACES):
+        return _cause("S13", *CHANGED[draws.bet], draws.why)
     if draws.tokens and draws.top_tokens >= NEARLY_ALL * draws.tokens and not greedy:
         said = case.sampling.label()
         evidence_text = (
@@ -97,8 +116,8 @@ def origin_of(
     text = f"{draws.why}; {words} makes the tokens {likelier}"
     titles = {
         "S3": "tokens are drawn at another temperature than the declared one",
-        "S5": "tokens are drawn through a filter that no request set",
-        "S13": "tokens are drawn through another filter than the declared one",
+        "S5": "tokens are drawn through a filter or penalty that no request set",
+        "S13": "tokens are drawn through another filter or penalty than the declared one",
     }
     fix = (
         "make the sampler use the request's fields: --generation-config vllm, every field sent explicitly; and log "

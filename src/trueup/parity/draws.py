@@ -5,7 +5,8 @@ effective sample size of 1, and does not explore: the worst case for training, i
 
 Five statistics are held against what the trainer's own distributions predict: the surprise of all tokens, how many of
 them are the most likely token, the same of first tokens alone, how many end a completion (draw_ends.py), and beginnings
-that completions of one prompt share. The first two are judged in parts of the tokens as well (draw_parts.py).
+that completions of one prompt share. The first two are judged in parts of the tokens as well (draw_parts.py). If none
+of them shows anything, bets on other distributions are made (draw_bets.py).
 
 Shapes: T completion tokens. Entropies are in nats, varentropies in nats squared.
 """
@@ -20,14 +21,15 @@ import torch
 from torch import Tensor
 
 from trueup.knobs import LimitsConfig
+from trueup.parity.draw_bets import best_bet
 from trueup.parity.draw_ends import missing_ends
 from trueup.parity.draw_parts import Drawn, OddPart, contexts, odd_parts
 from trueup.parity.evidence import EngineModel, Evidence, skipped
 from trueup.parity.floor import normal_quantile
 from trueup.policy.logprobs import TokenScores
 
-STATISTICS = 9
-"""Five of all tokens, and those of parts in four divisions."""
+STATISTICS = 10
+"""Five of all tokens, those of parts in four divisions, and bets."""
 SKEW = 1.2
 """The surprise of a token is skewed: a sum of few dozen leaves the range of a normal one more often than it should."""
 SAME_NATS = 1e-6
@@ -56,7 +58,7 @@ class Draws:
     `copies` counts completions that repeat another one of the same prompt: they are left out of the rest.
     `no_ends`: ends of completions are missing. `blind` says what these tokens could not have shown. `where` names the
     part that is off if all together are not, `part_tokens` and `part_top_tokens` count its tokens and its most likely
-    ones.
+    ones. `bet` says what else was likelier, if only that shows that something is off: "ids", "places" or "other".
     """
 
     verdict: str
@@ -73,6 +75,7 @@ class Draws:
     no_ends: bool = False
     blind: str = ""
     where: str = ""
+    bet: str = ""
     part_tokens: int = 0
     part_top_tokens: int = 0
 
@@ -143,20 +146,35 @@ def judge_draws(
     if not (reasons or shared or ends):
         odd = odd_parts(drawn, tokens, usable_T, rate=rate, skew=SKEW, noise_rms=noise_rms, chance_of=top_count_chance)
         reasons += [part.words for part in odd]
+    bet = None
+    if not (reasons or shared or ends or whatever_length):
+        bet = best_bet(evidence, model, usable_T, rate=rate, slack=count * noise_rms**2)
+    reasons += [f"{bet.words} ({bet.nats:.0f} nats)"] if bet is not None else []
     reasons += [ends] if ends else []
     if shared:
         reasons.append(f"completions of one prompt begin alike, which chance rules out ({copies} are whole copies)")
+    blind = _blind(scores, usable_T, rate)
+    if not blind and top_count_chance(chance_T[first_T], int(first_T.sum())) >= rate:
+        blind = TOO_FEW_FIRST
     return Draws(
-        verdict="mismatch" if reasons else "agree", why="; ".join(reasons) or "as the distribution says",
-        tokens=count, surprise_z=z, top_tokens=int(top_T.sum()), top_expected=float(chance_T.sum()),
-        first_tokens=int(first_T.sum()), first_top=int(top_T[first_T].sum()),
-        first_expected=float(chance_T[first_T].sum()), copies=copies, shared_seed=shared,
+        verdict="mismatch" if reasons else "agree",
+        why="; ".join(reasons) or "as the distribution says",
+        tokens=count,
+        surprise_z=z,
+        top_tokens=int(top_T.sum()),
+        top_expected=float(chance_T.sum()),
+        first_tokens=int(first_T.sum()),
+        first_top=int(top_T[first_T].sum()),
+        first_expected=float(chance_T[first_T].sum()),
+        copies=copies,
+        shared_seed=shared,
         no_ends=bool(ends),
-        blind=_blind(scores, usable_T, rate)
-        or ("" if top_count_chance(chance_T[first_T], int(first_T.sum())) < rate else TOO_FEW_FIRST),
-        where=odd[0].words if odd else "", part_tokens=odd[0].tokens if odd else 0,
+        blind=blind,
+        where=odd[0].words if odd else "",
+        bet="" if bet is None else bet.kind or "other",
+        part_tokens=odd[0].tokens if odd else 0,
         part_top_tokens=odd[0].top_tokens if odd else 0,
-    )  # fmt: skip
+    )
 
 
 def _among_others(evidence: Evidence, model: EngineModel, scores: TokenScores) -> tuple[TokenScores, Tensor]:

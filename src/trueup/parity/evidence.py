@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from trueup.parity.facts import Facts
+from trueup.parity.places import Places
 from trueup.policy.logprobs import TokenScores
 from trueup.policy.processing import Distribution
 from trueup.trace import EngineInfo, TraceRow
@@ -193,10 +194,11 @@ class Evidence:
     """Tokens of a setting and a way to ask what any source says of them under any distribution.
 
     `ask(source, dists)` returns TokenScores [T]; `mass(source, temperature, ids)` the probability [T] of a set of ids;
-    `expected()` how often the trainer expects each id among these tokens, [V]; `ask_spread(source, dist)` what `ask`
-    does, with entropies and varentropies. What `scores` returns is remembered, so asking twice costs nothing. `screen`
-    is a small part of the evidence, on which costly candidates are compared first. `suspects_T` marks tokens that are
-    off by more than rounding can explain, where that was looked at.
+    `expected()` how often the trainer expects each id among these tokens, [V]; `places(source, temperature)` where each
+    token stands among all ids; `ask_spread(source, dist)` what `ask` does, with entropies and varentropies. What
+    `scores` returns is remembered, so asking twice costs nothing. `screen` is a small part of the evidence, on which
+    costly candidates are compared first. `suspects_T` marks tokens that are off by more than rounding can explain,
+    where that was looked at.
     """
 
     case: Case
@@ -205,6 +207,7 @@ class Evidence:
     mass: Callable[[Source, float, tuple[int, ...]], Tensor]
     expected: Callable[[], Tensor]
     ask_spread: Callable[[Source, Distribution], TokenScores]
+    places: Callable[[Source, float], Places]
     facts: Facts = field(default_factory=Facts)
     whole: Evidence | None = None
     screen: Evidence | None = None

@@ -23,6 +23,7 @@ from trueup.model.substitute import EVERYTHING, check_same_shapes, head_weight, 
 from trueup.parity.context import Contexts
 from trueup.parity.evidence import EXACT, TRAINER, Case, Evidence, Source, Tokens
 from trueup.parity.facts import Facts, facts_of
+from trueup.parity.places import Places
 from trueup.policy.head import Head, multiplies
 from trueup.policy.logprobs import TokenScores, rows_at_once, token_scores_under
 from trueup.policy.processing import Distribution, History
@@ -270,9 +271,13 @@ class Scorer:
                 return self._ask_by_version(source, rows, tokens, [dist], varentropy=True)[0]
             return self._score(source, torch.cat(self.states(source, rows)), tokens, [dist], varentropy=True)[0]
 
+        def places(source: Source, temperature: float) -> Places:
+            return Places.of(probabilities(source, temperature), tokens.targets_T)
+
         return Evidence(
-            case=case, tokens=tokens, ask=ask, mass=mass, expected=expected, ask_spread=spread, facts=self.facts(rows)
-        )
+            case=case, tokens=tokens, ask=ask, mass=mass, expected=expected, ask_spread=spread, places=places,
+            facts=self.facts(rows),
+        )  # fmt: skip
 
     def _probabilities(self, source: Source, rows: Sequence[TraceRow], temperature: float) -> Iterator[Tensor]:
         """Probabilities [C, V] at a temperature, a chunk of tokens at a time."""

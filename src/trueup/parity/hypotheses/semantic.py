@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from trueup.parity.bias import bias_variants, closer_bias, smallest_bias
+from trueup.parity.compare import residual
 from trueup.parity.evidence import EXACT, SEEN, EngineModel, Evidence
 from trueup.parity.hypotheses import Hypothesis, Variant
 from trueup.policy.processing import Distribution
 
+NEWTON_STEP = 1 / 64
+"""From this step of a refinement on the temperature of least squares is tried as well."""
 TEMPERATURE_GRID = tuple(round(0.3 + 0.05 * i, 2) for i in range(35))
 """0.30 to 2.00: temperatures tried when the declared one does not fit."""
 COLDEST = 1e-4
@@ -63,7 +66,7 @@ def _wrong_temperature(evidence: Evidence, model: EngineModel) -> list[Variant]:
     if "temperature" in evidence.case.omitted:  # then it is the engine's default: S5
         return []
     if evidence.case.sampling.temperature == 0:
-        return _after_the_argmax(model)
+        return _after_the_argmax(model) + _reported_at(model)
     if model.dist.temperature not in (declared, evidence.case.trainer_distribution.temperature):
         return []
     near = {round(declared * factor, 6) for factor in NEAR_DECLARED}
@@ -87,6 +90,17 @@ def _after_the_argmax(model: EngineModel) -> list[Variant]:
     fix = "report greedy tokens before the argmax (raw), or leave them out of what is compared and trained on"
     top = [replace(v.model, entry="top") for v in found]  # near equals change places in 16 bits
     return [replace(v, model=m, title=title, fix=fix, only_reported=True) for v, m in zip(found, top, strict=True)]
+
+
+def _reported_at(model: EngineModel) -> list[Variant]:
+    """Greedy tokens are compared at T=1; an engine may have divided by a temperature all the same."""
+    found = [
+        v
+        for t in TEMPERATURE_GRID
+        if t != model.dist.temperature
+        for v in _with(model, f"greedy tokens are reported at T'={t:g}, where raw logprobs are expected", temperature=t)
+    ]
+    return [replace(v, only_reported=True) for v in found]
 
 
 def _divided(model: EngineModel, declared: float) -> list[Variant]:
@@ -137,15 +151,26 @@ def _closer_temperature(evidence: Evidence, variant: Variant, step: float) -> li
     if variant.model.factor != 1 or value == COLDEST:  # what was divided, or is certain, has no temperature to move
         return []
     near = [t for sign in (-1, 1) if (t := round(value + sign * 0.04 * step, 4)) > 0 and t != declared]
-    return [
-        v
-        for t in near
-        for v in _with(
-            variant.model,
-            f"engine fits T'={t:g}, not the declared {declared:g}",
-            temperature=t,
-        )
-    ]
+    if step <= NEWTON_STEP and (best := _least_squares(evidence, variant.model)) is not None and best > 0:
+        near += [round(best, digits) for digits in (4, 7)]
+    greedy = evidence.case.sampling.temperature == 0
+    detail = "greedy tokens are reported at T'={:g}" if greedy else "engine fits T'={:g}, not the declared {:g}"
+    found = [v for t in near if t != declared for v in _with(variant.model, detail.format(t, declared), temperature=t)]
+    return [replace(v, only_reported=True) for v in found] if greedy else found
+
+
+def _least_squares(evidence: Evidence, model: EngineModel) -> float | None:
+    """The temperature at which the squared residuals would be smallest if they were linear in it: in float32 a
+    hundred-thousandth of a nat decides whether a temperature explains a gap."""
+    value = model.dist.temperature
+    width = 1e-3 * value
+    now, moved = (
+        residual(evidence, replace(model, dist=replace(model.dist, temperature=t))) for t in (value, value + width)
+    )
+    both_T = now.usable_T & moved.usable_T
+    slope_T = (moved.residual_T - now.residual_T)[both_T] / width
+    size = float(slope_T @ slope_T)
+    return value - float(now.residual_T[both_T] @ slope_T) / size if size > 0 else None
 
 
 def _penalties(evidence: Evidence, model: EngineModel) -> list[Variant]:
