@@ -252,7 +252,7 @@ def evidence(values, engine, rows):
     return Evidence(
         case=case, tokens=tokens, ask=lambda source, dists: [scores for _ in dists],
         mass=lambda source, temperature, ids: torch.zeros(len(values)), expected=lambda: torch.zeros(1),
-        ask_spread=lambda source, dist: scores,
+        ask_spread=lambda source, dist: scores, places=lambda source, temperature: None,
     )  # fmt: skip
 
 

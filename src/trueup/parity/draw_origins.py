@@ -62,6 +62,12 @@ def origin_of(
     """
     case, tokens = evidence.case, evidence.tokens
     greedy = case.sampling.temperature == 0
+    if case.unmodelled:
+        return _cause(
+            "S6", f"{', '.join(case.unmodelled)} changes what is drawn, and is not in the logprobs",
+            "report processed logprobs (vLLM: --logprobs-mode processed_logprobs), or turn the field off for rollouts",
+            draws.why,
+        )  # fmt: skip
     if draws.shared_seed:
         return _cause(
             "S13", "completions of one prompt were drawn with the same random numbers",

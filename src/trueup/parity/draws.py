@@ -157,24 +157,13 @@ def judge_draws(
     if not blind and top_count_chance(chance_T[first_T], int(first_T.sum())) >= rate:
         blind = TOO_FEW_FIRST
     return Draws(
-        verdict="mismatch" if reasons else "agree",
-        why="; ".join(reasons) or "as the distribution says",
-        tokens=count,
-        surprise_z=z,
-        top_tokens=int(top_T.sum()),
-        top_expected=float(chance_T.sum()),
-        first_tokens=int(first_T.sum()),
-        first_top=int(top_T[first_T].sum()),
-        first_expected=float(chance_T[first_T].sum()),
-        copies=copies,
-        shared_seed=shared,
-        no_ends=bool(ends),
-        blind=blind,
-        where=odd[0].words if odd else "",
-        bet="" if bet is None else bet.kind or "other",
-        part_tokens=odd[0].tokens if odd else 0,
-        part_top_tokens=odd[0].top_tokens if odd else 0,
-    )
+        verdict="mismatch" if reasons else "agree", why="; ".join(reasons) or "as the distribution says",
+        tokens=count, surprise_z=z, top_tokens=int(top_T.sum()), top_expected=float(chance_T.sum()),
+        first_tokens=int(first_T.sum()), first_top=int(top_T[first_T].sum()),
+        first_expected=float(chance_T[first_T].sum()), copies=copies, shared_seed=shared, no_ends=bool(ends),
+        blind=blind, bet="" if bet is None else bet.kind or "other", where=odd[0].words if odd else "",
+        part_tokens=odd[0].tokens if odd else 0, part_top_tokens=odd[0].top_tokens if odd else 0,
+    )  # fmt: skip
 
 
 def _among_others(evidence: Evidence, model: EngineModel, scores: TokenScores) -> tuple[TokenScores, Tensor]:

@@ -251,10 +251,14 @@ def _with_previous(values_T: Tensor) -> Tensor:
 MIXED: dict[str, Callable[[Tensor], Tensor]] = {
     "running mean": lambda values_T: values_T.cumsum(0) / torch.arange(1, len(values_T) + 1),
     "running sum": lambda values_T: values_T.cumsum(0),
+    "mean": lambda values_T: values_T.mean().expand(len(values_T)),
+    "sum": lambda values_T: values_T.sum().expand(len(values_T)),
+    "distance from the mean": lambda values_T: values_T - values_T.mean(),
+    "share in the mean": lambda values_T: values_T / len(values_T),
     "running minimum": lambda values_T: values_T.cummin(0).values if len(values_T) else values_T,
     "mean with the previous one": _with_previous,
 }
-"""Statistics of the logprobs of a completion so far, [T] to [T], that have been reported in the place of each."""
+"""Statistics of the logprobs of a completion, [T] to [T], that have been reported in the place of each."""
 
 
 def snap(values_T: Tensor, grid: str) -> Tensor:
@@ -318,11 +322,13 @@ def _constrained(evidence: Evidence, model: EngineModel, values_T: Tensor) -> Te
 
 
 def skipped(tokens: Tokens, which: str) -> Tensor:
-    """True for the last token of each row, for tokens within BOUNDARY of a change of the stamped version ("boundary"),
-    or for tokens of another version than the newest ("lagged")."""
+    """True for the last token of each row, for tokens without a number ("unreported"), for tokens within BOUNDARY of a
+    change of the stamped version ("boundary"), or for tokens of another version than the newest ("lagged")."""
     row_T = tokens.row_T
     if which == "lagged":
         return tokens.version_T < tokens.version_T.max()
+    if which == "unreported":
+        return ~torch.isfinite(tokens.engine_T)
     if which == "last":
         return torch.cat([row_T[1:] != row_T[:-1], torch.tensor([True])])
     changed_T = torch.zeros_like(row_T, dtype=torch.bool)

@@ -101,7 +101,8 @@ def require_logprobs(rows: Sequence[TraceRow]) -> None:
         if max(values) <= 1:
             kind, advice = "lies between 0 and 1: these look like probabilities", "write their natural logarithms"
         else:
-            kind, advice = "is positive: these look like negative log-likelihoods", "turn their signs"
+            kind = "is positive: these look like negative log-likelihoods, or like logits"
+            advice = "turn the signs of the former, and have logprobs reported instead of the latter"
         raise RecordError(
             f"{name} holds no logprobs: every one of {len(values)} values (first at line {line}) {kind}; {advice}"
         )

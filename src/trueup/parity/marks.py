@@ -21,11 +21,14 @@ from trueup.parity.hypotheses.alignment import END_IDS
 from trueup.parity.report import Cause
 from trueup.policy.processing import Distribution
 from trueup.trace import TraceRow
+from trueup.types import LOGPROB_SLACK
 
 SENTINEL = -900.0
 """Nothing that a language model samples has a logprob below this: -999 and -9999 are fill values."""
 FILLED_NATS = 1.0
 """A number is taken for a filler only if it is off by this much, because numbers on a coarse grid repeat as well."""
+MOST_VALUES = 3
+"""More different fillers than this are something else: a number for each completion, or a coarse grid."""
 ZERO_NATS = 0.1
 """The same for 0.0, which no grid but the coarsest gives to a token that is not certain."""
 EDGE_FLOORS = 6.0
@@ -98,11 +101,13 @@ class Fillers:
 
     counts: dict[float, int]
     at_T: Tensor
+    others: bool = False
+    """Whether other numbers are impossible, too: then the column as a whole holds no logprobs."""
 
     @property
     def certain(self) -> bool:
         """Whether every value is none that any distribution gives: far below all logprobs, or above 0."""
-        return all(value < SENTINEL or value > 0 for value in self.counts)
+        return not self.others and all(value < SENTINEL or value > 0 for value in self.counts)
 
     def _clamp(self, evidence: Evidence, now: Residual) -> bool:
         """Whether the value is a lower limit: the lowest number of all, at tokens that are less likely than it says."""
@@ -128,11 +133,14 @@ class Fillers:
             )  # fmt: skip
         values = ", ".join(f"{count} carry exactly {value:g}" for value, count in self.counts.items())
         off_T = now.residual_T.abs().masked_fill(~now.usable_T, 0.0)
+        own = evidence.case.side == "trainer"
         return Cause(
-            id="S9", layer="semantic", side="log", confidence="high",
-            title="missing logprobs are filled with a constant",
+            id="S9", layer="semantic", side="trainer" if own else "log", confidence="high",
+            title=("the trainer's" if own else "missing") + " logprobs are filled with a constant",
             explained=float(off_T[self.at_T].sum() / off_T.sum().clamp_min(1e-300)),
-            fix="fail or mask tokens without a logprob; never fill them in",
+            fix="log what the trainer computes for each token (trainer_logprobs), or leave the column out"
+            if own
+            else "fail or mask tokens without a logprob; never fill them in",
             evidence=f"of {len(tokens)} tokens {values}, which their probability rules out (first {', '.join(first)})",
         )  # fmt: skip
 
@@ -152,14 +160,16 @@ def fillers(evidence: Evidence, now: Residual, suspects_T: Tensor) -> Fillers | 
         and float(now.residual_T[suspects_T & (tokens.engine_T == value)].abs().max())
         > (ZERO_NATS if value == 0 else FILLED_NATS)
     }
-    if not values:
+    if not values or len(values) > MOST_VALUES:  # logits in 16 bits, say, repeat by themselves
         return None
     at_T = suspects_T & torch.isin(tokens.engine_T, torch.tensor(list(values), dtype=torch.float64))
     only_last = bool((~at_T | skipped(tokens, "last")).all()) and len(torch.unique(tokens.targets_T[at_T])) <= END_IDS
     ends = torch.isin(tokens.targets_T, torch.tensor(evidence.facts.eos_ids or (-1,)))
     if (only_last and int(at_T.sum()) > 1) or (evidence.facts.batch_rows and bool((~at_T | ends).all())):
         return None
-    return Fillers(counts=values, at_T=at_T)
+    beside_T = tokens.engine_T[suspects_T & ~at_T]
+    others = bool(((beside_T < SENTINEL) | (beside_T > LOGPROB_SLACK)).any())
+    return Fillers(counts=values, at_T=at_T, others=others)
 
 
 def without(rows: Sequence[TraceRow], evidence: Evidence, at_T: Tensor) -> list[TraceRow]:

@@ -287,7 +287,7 @@ class SettingJudge:
         case, evidence = seen.evidence.case, seen.evidence
         if not case.drawn:
             return not_judged("these tokens are judged as draws elsewhere"), None
-        if case.unmodelled:
+        if case.unmodelled and seen.mismatch:
             return not_judged(f"{', '.join(case.unmodelled)} changes the distribution and is not modelled"), None
         if found.model.bias is not None or found.model.allowed:
             return not_judged("the engine changes single logits"), None
@@ -305,9 +305,10 @@ class SettingJudge:
             )
 
         draws = judged(model)
-        if draws.verdict == "mismatch" and any(f.hypothesis.may_redraw for f in found.findings):
-            reported = replace(model, dist=found.model.dist)
-            draws = again if (again := judged(reported)).verdict == "agree" else draws
+        others = [replace(model, dist=found.model.dist)] if any(f.hypothesis.may_redraw for f in found.findings) else []
+        others += [replace(model, skip="unreported")] if skip is None else []  # a tool's tokens without a mask, say
+        if draws.verdict == "mismatch":
+            draws = next((again for other in others if (again := judged(other)).verdict == "agree"), draws)
         if seen.mismatch and not (found.findings and found.judgement.within):
             said = "fit the declared distribution" if draws.verdict == "agree" else "do not fit it either"
             return replace(draws, verdict="not judged", why=f"the numbers are unexplained; the draws {said}"), None
@@ -324,10 +325,9 @@ class SettingJudge:
         why = "; ".join(reasons) or "within the predicted floor"
         if outcome == "agree" and not seen.enough:
             outcome, why = "inconclusive", f"{verdict.tokens} tokens are too few ({limits.min_tokens} needed)"
-        unmodelled = setting.case.unmodelled
         untested = dict(found.unseeable)
-        if unmodelled:
-            untested["S6"] = f"{', '.join(unmodelled)} changes the distribution and is not modelled"
+        if setting.case.unmodelled:
+            untested["S6"] = f"{', '.join(setting.case.unmodelled)} changes the distribution and is not modelled"
             if outcome == "mismatch" and not causes:
                 outcome, why = "inconclusive", f"{untested['S6']}: {why}"
         named = {c.id for c in causes}
