@@ -70,7 +70,7 @@ def evidence_of(
 
     def places(source, temperature):
         assert isinstance(source, Source)
-        return Places.of([(logits_TV / temperature).softmax(1)], tokens.targets_T)
+        return Places.of([(logits_TV / temperature).softmax(1)], tokens.targets_T, tokens.row_T)
 
     return Evidence(
         case=Case(engine=EngineInfo(), sampling=sampling or SamplingParams(), trainer=trainer, omitted=omitted),

@@ -96,7 +96,7 @@ def test_penalties_that_reach_the_draws_alone_are_seen():
 
 def test_penalties_that_are_declared_and_not_drawn_with_are_seen():
     draws, _ = judged(drawn(LOGITS), sampling=SamplingParams(frequency_penalty=1.0))
-    assert draws.verdict == "mismatch" and "no penalties makes the tokens likelier" in draws.why
+    assert draws.verdict == "mismatch" and "likelier without penalties" in draws.why
 
 
 @pytest.mark.parametrize("noise_rms", [0.0, 0.06])
@@ -138,7 +138,7 @@ def test_a_bet_on_a_filter_wins_what_the_filter_makes_likelier():
 def test_places_add_up():
     targets_T = drawn(LOGITS)
     p_TV = LOGITS.softmax(1)
-    places = Places.of([p_TV[:700], p_TV[700:]], targets_T)
+    places = Places.of([p_TV[:707], p_TV[707:]], targets_T, torch.arange(len(LOGITS)) // LENGTH)
     own_T = p_TV.gather(1, targets_T[:, None])[:, 0]
     assert torch.equal(places.own_T, own_T) and torch.allclose(places.blocks_TB.sum(1), torch.ones(len(own_T)).double())
     rank_T = (p_TV > own_T[:, None]).sum(1)
@@ -146,5 +146,9 @@ def test_places_add_up():
     assert torch.allclose(places.above_T, above_T) and torch.allclose(places.tied_T, own_T)
     below_T = torch.stack([p_TV[t, :i].sum() for t, i in enumerate(targets_T.tolist())])
     assert torch.allclose(places.below_T, below_T) and torch.allclose(places.even_T, p_TV[:, ::2].sum(1))
+    for t in (0, 5, 19, 20, 708, 1199):
+        before = targets_T[t - t % LENGTH : t].unique()
+        assert float(places.earlier_T[t]) == pytest.approx(float(p_TV[t, before].sum()), abs=1e-6)
+        assert bool(places.repeats_T[t]) == bool((before == targets_T[t]).any())
     size = -(-VOCAB // ID_BLOCKS)
     assert torch.allclose(places.blocks_TB[:, 2], p_TV[:, 2 * size : 3 * size].sum(1))

@@ -5,8 +5,9 @@ distribution and p the declared one, the product of q/p over all tokens has expe
 it exceeds 1/rate with probability at most rate (Ville 1939; "e-values", Vovk and Wang 2021). The same holds for a mean
 of such products, and for a q that was fitted to other tokens.
 
-The others are: filters, as intervals of the mass of likelier tokens; penalties; ranges of ids, even ids and ids that
-are drawn too often or never; and whatever histogram one half of the rows shows, tried on the other half.
+The others are: filters, as intervals of the mass of likelier tokens; tokens that the completion holds already, as
+penalties change them; ranges of ids, even ids and ids that are drawn too often or never; and whatever histogram one
+half of the rows shows, tried on the other half.
 
 Shapes: T usable tokens of a setting, B equal ranges of ids.
 """
@@ -22,7 +23,6 @@ from torch import Tensor
 
 from trueup.parity.evidence import EngineModel, Evidence
 from trueup.parity.places import Places
-from trueup.policy.processing import Distribution
 
 HEDGE = 0.02
 """Share of every bet that is put on the declared distribution: one token that the other rules out does not end it."""
@@ -36,8 +36,6 @@ TOO_OFTEN, AT_LEAST = 3.0, 8
 """An id is drawn too often in one half from so many times its expectation on, and so many times."""
 NEVER = 4.0
 """An id that was not drawn is missed where so many were expected."""
-PENALTIES = {"frequency_penalty": 1.0, "presence_penalty": 1.0, "repetition_penalty": 1.3}
-"""Penalties that a sampler may apply though none is declared."""
 CHANGED_IDS, CHANGED_PLACES = "ids", "places"
 
 
@@ -69,8 +67,8 @@ def best_bet(
 
 
 def _bets(evidence: Evidence, model: EngineModel, usable_T: Tensor) -> Iterator[Bet]:
-    yield from _on_penalties(evidence, model, usable_T)
     if model.dist.penalises:
+        yield _without_penalties(evidence, model, usable_T)
         return
     places = evidence.places(model.source, model.dist.temperature).at(usable_T)
     kept_T = evidence.scores(model.source, model.dist).log_kept_mass_T.double().exp()[usable_T]
@@ -84,6 +82,9 @@ def _bets(evidence: Evidence, model: EngineModel, usable_T: Tensor) -> Iterator[
     yield from _on_histogram(low_T, high_T, half_T, "by how much likelier tokens there were")
     if model.dist.truncates:
         return
+    for ratio in RATIOS:
+        nats = _won_on_set(places.repeats_T > 0, places.earlier_T, ratio)
+        yield Bet(words=f"tokens that a completion holds already are drawn {_often(ratio)}", nats=nats)
     low_T, high_T = places.below_T, places.below_T + places.own_T
     yield from _on_histogram(low_T, high_T, half_T, "by the mass of lower ids (a sampler's random numbers)")
     yield from _on_ids(evidence, model, places, usable_T, half_T)
@@ -99,19 +100,18 @@ def _both_ways(first: float, second: float) -> float:
     return max(first, second) + math.log((1 + math.exp(-abs(first - second))) / 2)
 
 
-def _on_penalties(evidence: Evidence, model: EngineModel, usable_T: Tensor) -> Iterator[Bet]:
-    """Penalties that are declared and not drawn with, or the other way round."""
-    dist = model.dist
-    plain = replace(dist, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0)
-    others: list[tuple[Distribution, str]] = []
-    for name, value in PENALTIES.items():
-        others.append((replace(plain, **{name: value}), f"{name}={value:g}"))  # type: ignore[arg-type]
-    others = [(plain, "no penalties")] if dist.penalises else others
-    evidence.prefetch(model.source, [dist, *(other for other, _ in others)])
-    declared_T = evidence.scores(model.source, dist).logprobs_T.double()[usable_T]
-    for other, words in others:
-        gain_T = evidence.scores(model.source, other).logprobs_T.double()[usable_T] - declared_T
-        yield Bet(words=f"{words} makes the tokens likelier", nats=_won(gain_T.exp()))
+def _without_penalties(evidence: Evidence, model: EngineModel, usable_T: Tensor) -> Bet:
+    """Penalties are declared, and the draws have none."""
+    plain = replace(model.dist, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0)
+    declared_T, plain_T = (
+        evidence.scores(model.source, dist).logprobs_T.double()[usable_T] for dist in (model.dist, plain)
+    )
+    return Bet(words="the tokens are likelier without penalties", nats=_won((plain_T - declared_T).exp()))
+
+
+def _won_on_set(inside_T: Tensor, mass_T: Tensor, ratio: float) -> float:
+    """Nats that a bet wins on ids of that mass being drawn `ratio` times as often as all others."""
+    return _won(torch.where(inside_T, ratio, 1.0) / (1 - mass_T + ratio * mass_T))
 
 
 def _on_histogram(low_T: Tensor, high_T: Tensor, half_T: Tensor, what: str) -> Iterator[Bet]:
@@ -135,18 +135,15 @@ def _on_ids(
 ) -> Iterator[Bet]:  # fmt: skip
     """Ids that are drawn more or less often, as ranges, as even ones, or one by one."""
 
-    def bet(inside_T: Tensor, mass_T: Tensor, ratio: float) -> float:
-        return _won(torch.where(inside_T, ratio, 1.0) / (1 - mass_T + ratio * mass_T))
-
     ids_T = evidence.tokens.targets_T[usable_T]
     size = -(-places.vocab // places.blocks_TB.shape[1])
     for block in range(places.blocks_TB.shape[1]):
         words = f"ids {block * size} to {min(places.vocab, (block + 1) * size) - 1} are drawn"
         for ratio in RATIOS:
-            nats = bet(ids_T // size == block, places.blocks_TB[:, block], ratio)
+            nats = _won_on_set(ids_T // size == block, places.blocks_TB[:, block], ratio)
             yield Bet(words=f"{words} {_often(ratio)}", nats=nats, kind=CHANGED_IDS)
     for ratio in (0.5, 2.0):
-        nats = bet(ids_T % 2 == 0, places.even_T, ratio)
+        nats = _won_on_set(ids_T % 2 == 0, places.even_T, ratio)
         yield Bet(words=f"even ids are drawn {_often(ratio)}", nats=nats, kind=CHANGED_IDS)
     expected_V = evidence.expected() / 2 * (float(usable_T.sum()) / len(usable_T))
     for words, pick, ratio in (("drawn far too often", _too_often, 10.0), ("never drawn", _never, 0.02)):
@@ -158,7 +155,7 @@ def _on_ids(
                 continue
             mass_T = evidence.mass(model.source, model.dist.temperature, tuple(ids)).double()[usable_T][~from_T]
             inside_T = torch.isin(ids_T[~from_T], torch.tensor(ids))
-            found.append((bet(inside_T, mass_T, ratio), ids))
+            found.append((_won_on_set(inside_T, mass_T, ratio), ids))
         shown = ", ".join(map(str, sorted({*found[0][1], *found[1][1]})[:5]))
         yield Bet(words=f"ids are {words}: {shown}", nats=_both_ways(found[0][0], found[1][0]), kind=CHANGED_IDS)
 

@@ -272,7 +272,7 @@ class Scorer:
             return self._score(source, torch.cat(self.states(source, rows)), tokens, [dist], varentropy=True)[0]
 
         def places(source: Source, temperature: float) -> Places:
-            return Places.of(probabilities(source, temperature), tokens.targets_T)
+            return Places.of(probabilities(source, temperature), tokens.targets_T, tokens.row_T)
 
         return Evidence(
             case=case, tokens=tokens, ask=ask, mass=mass, expected=expected, ask_spread=spread, places=places,
