@@ -145,7 +145,7 @@ def _on_ids(
     for ratio in (0.5, 2.0):
         nats = _won_on_set(ids_T % 2 == 0, places.even_T, ratio)
         yield Bet(words=f"even ids are drawn {_often(ratio)}", nats=nats, kind=CHANGED_IDS)
-    expected_V = evidence.expected() / 2 * (float(usable_T.sum()) / len(usable_T))
+    expected_V = places.expected_V / 2 * (len(ids_T) / len(usable_T))
     for words, pick, ratio in (("drawn far too often", _too_often, 10.0), ("never drawn", _never, 0.02)):
         found: list[tuple[float, Sequence[int]]] = []
         for from_T in (half_T, ~half_T):

@@ -19,9 +19,11 @@ class Places:
     """Probabilities [T] float64 under a tempered distribution: `above_T` of likelier ids, `tied_T` of those exactly as
     likely with the token among them, `own_T` of the token, `below_T` of lower ids, `even_T` of even ids, `blocks_TB` of
     equal ranges of ids, `earlier_T` of ids that the completion holds already. `repeats_T`: the token is one of those.
+    `expected_V` [V]: how often each id is expected among all tokens.
     """
 
     vocab: int
+    expected_V: Tensor
     above_T: Tensor
     tied_T: Tensor
     own_T: Tensor
@@ -36,9 +38,11 @@ class Places:
         """Read the places off the probabilities of all tokens, which come a chunk of tokens at a time."""
         columns: list[tuple[Tensor, ...]] = []
         first = vocab = 0
+        expected_V = torch.zeros(())
         earlier = Earlier(targets_T, row_T)
         for p_CV in probability_CV:
             vocab = p_CV.shape[1]
+            expected_V = expected_V + p_CV.sum(0)
             ids_C1 = targets_T[first : first + len(p_CV), None].to(p_CV.device)
             own_C1 = p_CV.gather(1, ids_C1)
             above_C = (p_CV * (p_CV > own_C1)).sum(1)
@@ -53,14 +57,18 @@ class Places:
                 *earlier.read(p_CV, first),
             ))  # fmt: skip
             first += len(p_CV)
-        names = [name for name in cls.__dataclass_fields__ if name != "vocab"]
         joined = [torch.cat(parts).double().cpu() for parts in zip(*columns, strict=True)]
-        return cls(vocab=vocab, **dict(zip(names, joined, strict=True)))
+        return cls(vocab=vocab, expected_V=expected_V.cpu(), **dict(zip(cls.of_tokens(), joined, strict=True)))
+
+    @classmethod
+    def of_tokens(cls) -> list[str]:
+        """Names of the fields that have a number for each token."""
+        return [name for name in cls.__dataclass_fields__ if name not in ("vocab", "expected_V")]
 
     def at(self, where_T: Tensor) -> Places:
         """The same of some tokens (a mask)."""
-        names = [name for name in self.__dataclass_fields__ if name != "vocab"]
-        return Places(vocab=self.vocab, **{name: getattr(self, name)[where_T] for name in names})
+        parts = {name: getattr(self, name)[where_T] for name in self.of_tokens()}
+        return Places(vocab=self.vocab, expected_V=self.expected_V, **parts)
 
 
 class Earlier:
