@@ -135,3 +135,21 @@ def test_ends_are_missed_at_the_rate_of_a_poisson_number(share, missed):
     rate = share * poisson.cdf(10, expected * math.exp(-0.3))
     assert bool(missing_ends(evidence, model, fresh_T, rate=rate, noise_rms=0.3)) == missed
     assert not missing_ends(evidence, model, fresh_T, rate=1.0, noise_rms=math.log(expected / 10.5))
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_log_without_its_end_tokens_agrees_however_likely_ends_were(seed):
+    """What is left was drawn from the other tokens: it is more surprising than the whole distribution says."""
+    likely_TV = logits_of(20 * 400, VOCAB, seed=seed)
+    likely_TV[:, END] = likely_TV.logsumexp(1) - 1.5
+    rows, kept = [], []
+    for at, row in enumerate(trace_rows(drawn(likely_TV, seed=10 + seed), 20)):
+        ids = row.completion_token_ids
+        count = ids.index(END) if END in ids else len(ids)
+        if count:
+            kept += range(20 * at, 20 * at + count)
+            reason = "stop" if END in ids else "length"
+            ids, values = ids[:count], (0.0,) * count
+            rows.append(replace(row, completion_token_ids=ids, completion_logprobs=values, finish_reason=reason))
+    draws, _ = judged(rows, likely_TV[kept])
+    assert draws.verdict == "agree" and draws.tokens > 1000

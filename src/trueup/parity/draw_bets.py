@@ -61,9 +61,19 @@ def best_bet(
     if not bets:
         return None
     total = torch.logsumexp(torch.tensor([bet.nats for bet in bets], dtype=torch.float64), 0) - math.log(len(bets))
-    if float(total) <= slack - math.log(rate):
+    if float(total) <= slack + _of_removed_ends(evidence, model, usable_T) - math.log(rate):
         return None
     return max(bets, key=lambda bet: bet.nats)
+
+
+def _of_removed_ends(evidence: Evidence, model: EngineModel, usable_T: Tensor) -> float:
+    """What a distribution without end tokens may win where the log holds none: they were removed, most likely, and
+    draw_ends.py judges whether completions end."""
+    ends = evidence.facts.eos_ids
+    if not ends or bool(torch.isin(evidence.tokens.targets_T, torch.tensor(ends)).any()):
+        return 0.0
+    mass_T = evidence.mass(model.source, model.dist.temperature, ends).double()[usable_T]
+    return -float(torch.log1p(-mass_T.clamp_max(1 - 1e-6)).sum())
 
 
 def _bets(evidence: Evidence, model: EngineModel, usable_T: Tensor) -> Iterator[Bet]:
@@ -133,8 +143,7 @@ def _on_histogram(low_T: Tensor, high_T: Tensor, half_T: Tensor, what: str) -> I
 def _on_ids(
     evidence: Evidence, model: EngineModel, places: Places, usable_T: Tensor, half_T: Tensor
 ) -> Iterator[Bet]:  # fmt: skip
-    """Ids that are drawn more or less often, as ranges, as even ones, or one by one."""
-
+    """Ids that are drawn more or less often, as ranges, as even ones, or one by one (but end tokens)."""
     ids_T = evidence.tokens.targets_T[usable_T]
     size = -(-places.vocab // places.blocks_TB.shape[1])
     for block in range(places.blocks_TB.shape[1]):
@@ -150,6 +159,7 @@ def _on_ids(
         found: list[tuple[float, Sequence[int]]] = []
         for from_T in (half_T, ~half_T):
             ids = pick(torch.bincount(ids_T[from_T], minlength=places.vocab), expected_V)
+            ids = [i for i in ids if i not in (evidence.facts.eos_ids or ())]
             if not ids:
                 found.append((0.0, ids))
                 continue

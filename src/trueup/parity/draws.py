@@ -39,6 +39,10 @@ LIKELY_END = 0.1
 """A position where an end token is more probable than this is not judged when end tokens are left out."""
 LIKELY_END_OUTSIDE = 1e-3
 """The same under a kept set, which may or may not hold the end token."""
+SURE_END = 0.999
+"""The same where end tokens were removed after they were drawn: then the others are judged at any probability."""
+EXPECTED_ENDS = 3.0
+"""End tokens are taken to have been removed from a log where so many were expected and none is there."""
 MAX_COMPARED = 64
 """Completions of a prompt that each further one is compared with."""
 COLDER = 0.9
@@ -114,8 +118,9 @@ def judge_draws(
             tokens=len(near_T), top_tokens=int(near_T.sum()), top_expected=float(len(near_T)),
         )  # fmt: skip
     usable_T = fresh_T & torch.isfinite(scores.logprobs_T)
-    if whatever_length:
-        scores, apart_T = _among_others(evidence, model, scores)
+    removed = not whatever_length and _ends_removed(evidence, model, usable_T)
+    if whatever_length or removed:
+        scores, apart_T = _among_others(evidence, model, scores, likely=SURE_END if removed else None)
         usable_T &= apart_T
     count = int(usable_T.sum())
     if count < limits.min_tokens and not shared:
@@ -166,18 +171,29 @@ def judge_draws(
     )  # fmt: skip
 
 
-def _among_others(evidence: Evidence, model: EngineModel, scores: TokenScores) -> tuple[TokenScores, Tensor]:
+def _ends_removed(evidence: Evidence, model: EngineModel, usable_T: Tensor) -> bool:
+    """Whether completions ended and the log holds none of the end tokens that were expected: what is left was drawn
+    from the other tokens."""
+    ends, reasons = evidence.facts.eos_ids, evidence.tokens.finish_reasons
+    if not ends or "stop" not in reasons or bool(torch.isin(evidence.tokens.targets_T, torch.tensor(ends)).any()):
+        return False
+    return float(evidence.mass(model.source, model.dist.temperature, ends)[usable_T].sum()) > EXPECTED_ENDS
+
+
+def _among_others(
+    evidence: Evidence, model: EngineModel, scores: TokenScores, *, likely: float | None = None
+) -> tuple[TokenScores, Tensor]:
     """Scores under the distribution without end tokens, and a mask of the tokens for which they hold, [T].
 
-    The mask leaves out end tokens, and positions where one was likely or the most likely token of all. With P the
-    probability of an end, p becomes p / (1 - P) and H becomes (H + P log P) / (1 - P) + log(1 - P).
+    The mask leaves out end tokens, and positions where one was more probable than `likely` or the most likely token of
+    all. With P the probability of an end, p becomes p / (1 - P) and H becomes (H + P log P) / (1 - P) + log(1 - P).
     """
     ends = evidence.facts.eos_ids
     if not ends:
         return scores, torch.ones_like(scores.logprobs_T, dtype=torch.bool)
+    likely = likely or (LIKELY_END_OUTSIDE if model.dist.truncates else LIKELY_END)
     mass_T = evidence.mass(model.source, model.dist.temperature, ends).double()
-    end_T = (mass_T / scores.log_kept_mass_T.double().exp()).clamp(1e-30, LIKELY_END)
-    likely = LIKELY_END_OUTSIDE if model.dist.truncates else LIKELY_END
+    end_T = (mass_T / scores.log_kept_mass_T.double().exp()).clamp(1e-30, max(likely, LIKELY_END))
     unlikely_T = (end_T < likely) & (end_T < scores.top_logprobs_T.double().exp())
     apart_T = unlikely_T & ~torch.isin(evidence.tokens.targets_T, torch.tensor(ends))
     left_T = torch.log1p(-end_T)
