@@ -58,8 +58,6 @@ def best_bet(
     if not model.source.plain or not bool(usable_T.any()):
         return None
     bets = list(_bets(evidence, model, usable_T))
-    if not bets:
-        return None
     total = torch.logsumexp(torch.tensor([bet.nats for bet in bets], dtype=torch.float64), 0) - math.log(len(bets))
     if float(total) <= slack + _of_removed_ends(evidence, model, usable_T) - math.log(rate):
         return None

@@ -151,8 +151,8 @@ def _closer_temperature(evidence: Evidence, variant: Variant, step: float) -> li
     if variant.model.factor != 1 or value == COLDEST:  # what was divided, or is certain, has no temperature to move
         return []
     near = [t for sign in (-1, 1) if (t := round(value + sign * 0.04 * step, 4)) > 0 and t != declared]
-    if step <= NEWTON_STEP and (best := _least_squares(evidence, variant.model)) is not None and best > 0:
-        near += [round(best, digits) for digits in (4, 7)]
+    if step <= NEWTON_STEP and (best := _least_squares(evidence, variant.model)) is not None:
+        near += [t for digits in (4, 7) if (t := round(best, digits)) > 0]
     greedy = evidence.case.sampling.temperature == 0
     detail = "greedy tokens are reported at T'={:g}" if greedy else "engine fits T'={:g}, not the declared {:g}"
     found = [v for t in near if t != declared for v in _with(variant.model, detail.format(t, declared), temperature=t)]
