@@ -60,6 +60,7 @@ class Unreliable(Repeat):
         return super().score(answer, completion)
 
 
+@pytest.mark.slow
 def test_a_reward_that_raises_or_hangs_costs_its_group_and_its_timeout(tmp_path):
     make_tiny(tmp_path / "tiny")
     summary = train(config(tmp_path, task={"score_timeout_s": 0.5}), task=Unreliable(tmp_path / "hung"))
@@ -174,6 +175,7 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_elsewhere(tmp_path):
     assert_whole(run, batches=20, groups=4)
 
 
+@pytest.mark.slow
 def test_a_batch_is_trained_once_when_the_trainer_dies_after_its_checkpoint_and_before_its_answer(
     tmp_path, monkeypatch
 ):

@@ -9,6 +9,7 @@ from trueup.pipeline.run import train
 
 
 @pytest.mark.parametrize("update", ["in_flight", "drain"])
+@pytest.mark.slow
 def test_a_drained_update_waits_for_requests_and_one_in_flight_does_not(tmp_path, update):
     make_tiny(tmp_path / "tiny")
     rollout = {"update": update, "max_lag": 4, "max_tokens": 48, "concurrency": 8}
@@ -34,6 +35,7 @@ def test_synchronous_rounds_are_made_with_one_version_and_go_on_after_a_resume(t
     assert all(v == {9} for v in versions[36:])
 
 
+@pytest.mark.slow
 def test_the_ess_guard_takes_one_batch_on_policy_after_a_low_one(tmp_path):
     make_tiny(tmp_path / "tiny")
     said = []

@@ -148,6 +148,7 @@ def _lines(run):
     return file.read_text().count("\n") if file.is_file() else 0
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_with_a_message_and_the_run_goes_on_once_there_is_room(recorded, uninterrupted, tmp_path):
     """A real one: a small file system that fills up while the run writes its checkpoints."""
     allowed = subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode == 0

@@ -44,7 +44,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("max_lag", [0, 2])
+@pytest.mark.parametrize("max_lag", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_run_from_preflight_to_summary(tmp_path, max_lag):
     make_tiny(tmp_path / "tiny")
     shown, said = [], []
@@ -91,6 +91,7 @@ def test_a_run_from_preflight_to_summary(tmp_path, max_lag):
     assert [u["version"] for u in lines(run / "updates.jsonl")] == sorted({m["version"] for m in metrics} - {0})
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_was(tmp_path):
     make_tiny(tmp_path / "tiny")
     train(config(tmp_path, train={"steps": 3}))
@@ -126,7 +127,8 @@ def test_what_is_missing_is_named(tmp_path):
         train(build_config({"train": {"model": "x", "run": str(tmp_path / "run")}}))
 
 
-@pytest.mark.parametrize("victim", ["engine", pytest.param("trainer", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("victim", ["engine", "trainer"])
+@pytest.mark.slow
 def test_a_process_that_is_killed_is_started_again_and_nothing_is_lost(tmp_path, monkeypatch, victim):
     """kill -9 in the middle of a batch, more than once; versions and batches are those of a run without it."""
     from trueup.pipeline import fleet as fleet_module

@@ -70,7 +70,8 @@ def test_a_cause_that_was_accepted_is_written_down_and_the_run_goes_on(tmp_path)
     assert json.loads((tmp_path / "run" / "parity" / "accepted.json").read_text()) == ["S1"]
 
 
-@pytest.mark.parametrize("clear_cache", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("clear_cache", [True, False])
+@pytest.mark.slow
 def test_backend_stays_at_its_floor_while_staleness_grows_with_lag(tmp_path, clear_cache):
     """Lags are compared inside an audit: how far the policy moves in a batch changes from batch to batch."""
     make_tiny(tmp_path / "tiny")
@@ -96,6 +97,7 @@ def test_backend_stays_at_its_floor_while_staleness_grows_with_lag(tmp_path, cle
     assert nearest and sum(furthest) > 1.2 * sum(nearest)
 
 
+@pytest.mark.slow
 def test_bitwise_and_on_policy_every_ratio_is_exactly_one(tmp_path):
     make_tiny(tmp_path / "tiny")
     train(watched(tmp_path, train={"steps": 6, "bitwise": True}, rollout={"max_lag": 0}, audit={"every": 3}))

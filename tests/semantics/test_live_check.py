@@ -194,6 +194,7 @@ def test_a_fault_that_is_not_known_or_misses_a_number_leaves_the_engine_whole(li
     assert live.check(depth="quick").verdict == "agree"
 
 
+@pytest.mark.slow
 def test_against_another_engine_and_a_baseline(live, tiny, tmp_path):
     baseline = tmp_path / "base.json"
     write_json(live.check(), baseline)
