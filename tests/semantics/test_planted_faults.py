@@ -74,6 +74,15 @@ def test_a_planted_fault_is_named(tiny_model, tmp_path, fault, settings, samplin
     assert all(c.confidence == "high" for c in report.causes)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_an_engine_at_its_declared_temperature_has_no_other_one(tiny_model, tmp_path, dtype):
+    """A trainer that compares raw logprobs sees another temperature: the declared one, so that it is S2 alone."""
+    path = PlainEngine(tiny_model, dtype=dtype).trace(tmp_path / "t.jsonl", {"temperature": 0.81})
+    report = run(tiny_model, path, trainer="raw")
+    assert [(c.id, c.confidence) for c in report.causes] == [("S2", "high")]
+    assert not report.settings[0].ambiguous and "S3" not in report.settings[0].ruled_out
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_random_wrong_temperature_is_measured(tiny_model, tmp_path, seed):
     used = float(np.round(np.random.default_rng(seed).uniform(0.5, 1.8), 2))

@@ -16,6 +16,7 @@ from trueup.parity.floor import (
     NoiseShape,
     cluster_bootstrap,
     judge,
+    judge_quartile,
     normal_quantile,
     predict,
     rows_beyond,
@@ -161,3 +162,30 @@ def test_tokens_are_held_to_the_tail_one_by_one_and_in_small_groups():
     assert ten.token_limit == pytest.approx(size(10, tokens)) and ten.far_tokens == 10
     few = torch.full((10,), 1.01 * size(10, 10))
     assert judge(few, torch.arange(10), FLOOR, LIMITS).far_tokens == 10, "all of them, where there are ten"
+
+
+def test_a_quarter_of_the_tokens_may_be_beyond_the_quartile_of_the_noise():
+    """1.25 times the quartile 0.5, of a floor of 0.05 nats: 38 % of 200 tokens are 3.54 standard errors away."""
+    floor = replace(FLOOR, shape=NoiseShape(quartile=0.5))
+    limit = 0.25 + normal_quantile(2e-4) * math.sqrt(1.5 * 0.25 * 0.75 / 200)
+    most = math.floor(limit * 200)
+
+    def beyond(count, size=0.0313, sign=1.0):
+        r_T = torch.zeros(200, dtype=torch.float64)
+        r_T[torch.randperm(200, generator=torch.Generator().manual_seed(0))[:count]] = sign * size
+        return r_T
+
+    assert judge_quartile(beyond(most), ROW, floor, LIMITS) is None
+    for sign in (1, -1):
+        reason = judge_quartile(beyond(most + 1, sign=sign), ROW, floor, LIMITS)
+        assert (
+            reason == f"{(most + 1) / 200:.0%} of 200 tokens beyond 0.0312 nats, where rounding puts up to {limit:.0%}"
+        )
+    assert judge_quartile(beyond(200, 0.0312), ROW, floor, LIMITS) is None
+    assert judge_quartile(torch.full((200,), math.nan), ROW, floor, LIMITS) is None
+    half = torch.where(torch.arange(200) % 2 == 0, math.nan, beyond(200))  # of half as many tokens, more may be
+    assert "of 100 tokens" in judge_quartile(half, ROW, floor, LIMITS)
+    wide, small = (replace(floor, rows=dict.fromkeys(range(ROWS), rms)) for rms in (0.1, 0.01))
+    assert judge_quartile(beyond(200), ROW, wide, LIMITS, lines=range(ROWS)) is None
+    assert judge_quartile(beyond(200, 0.0626), ROW, wide, LIMITS, lines=range(ROWS)) is not None
+    assert judge_quartile(beyond(200, 0.0312), ROW, small, LIMITS, lines=range(ROWS)) is None

@@ -31,7 +31,7 @@ def logprobs(logits_TV, targets_T):
     return logits_TV.log_softmax(1).gather(1, targets_T[:, None])[:, 0]
 
 
-def search(engine_nats, *, own_nats=CHANGED_NATS):
+def search(engine_nats, *, own_nats=CHANGED_NATS, trainer_T=TRAINER_NATS):
     """An engine that computes what the table CHANGED says, and rounds it to `engine_nats`."""
     targets_T = drawn(CHANGED)
     rows = trace_rows(targets_T, LENGTH, logprobs_T=logprobs(CHANGED, targets_T) + rounded_to(engine_nats, 3))
@@ -42,7 +42,7 @@ def search(engine_nats, *, own_nats=CHANGED_NATS):
         return replace(intact, ask=lambda source, dists: (intact if source.plain else changed).ask(source, dists))
 
     def floor_of(model):
-        size = TRAINER_NATS if model.source.plain else own_nats
+        size = trainer_T if model.source.plain else own_nats
         exact_T = torch.zeros(LENGTH * ROWS, dtype=torch.float64)
         row_T = torch.arange(ROWS).repeat_interleave(LENGTH)
         noise = [rounded_to(size / 2**0.5, seed) for seed in (1, 2)]
@@ -79,6 +79,15 @@ def test_a_cause_that_leaves_much_is_not_excused_by_a_model_that_rounds_coarsely
     """Its own rounding counts only for a change that takes away nearly all of the gap."""
     found = search(1.0, own_nats=5.0)
     assert not found.judgement.within and found.floor.rms == pytest.approx(TRAINER_NATS, rel=0.1)
+
+
+def test_a_tail_that_is_heavy_does_not_excuse_what_a_cause_leaves_in_all_other_tokens():
+    """One token in a hundred is far off by rounding, and a cause that leaves five times the others is not complete."""
+    spikes_T = torch.where(torch.arange(LENGTH * ROWS) % 100 == 7, 100.0, 1.0) * TRAINER_NATS
+    found = search(5 * TRAINER_NATS, own_nats=spikes_T, trainer_T=spikes_T)
+    assert not found.judgement.within and [f.confidence for f in found.findings] == ["medium"]
+    assert ["rounding puts" in reason for reason in found.judgement.reasons] == [True]
+    assert search(TRAINER_NATS, own_nats=spikes_T, trainer_T=spikes_T).judgement.within
 
 
 def test_a_changed_model_is_run_in_the_precision_that_is_asked_for(tiny_model):

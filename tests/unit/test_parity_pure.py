@@ -61,7 +61,7 @@ def test_a_prediction_holds_the_noise_of_both_sides_its_bias_and_each_row():
     assert found.bias == pytest.approx(float((difference + difference.square() / 2).mean()))
     noise, rows = torch.cat([difference, both]), torch.cat([row[usable], row[usable] + 50])
     expected = NoiseShape.of(noise, rows)
-    for name in ("tail_start", "tail_share", "tail_scale", "kurtosis", "row_spread"):
+    for name in ("tail_start", "tail_share", "tail_scale", "kurtosis", "quartile", "row_spread"):
         assert getattr(found.shape, name) == pytest.approx(getattr(expected, name)), name
     assert sorted(found.rows) == [line for line in range(1, 26) if line != 4]
     here = usable & ((ROW == 0) | (ROW == 1))
@@ -92,6 +92,7 @@ def test_the_shape_of_noise_is_read_off_a_sample():
     assert shape.tail_share == 0.05 and shape.tail_start == pytest.approx(float(ordered[100]))
     assert shape.tail_scale == pytest.approx(max(0.38, float((ordered[:100] - ordered[100]).mean())))
     assert shape.kurtosis == pytest.approx(float(size.pow(4).mean()))
+    assert shape.quartile == pytest.approx(float(size.quantile(0.75)))
     squares = torch.stack([size[row == ROW].square().mean() for row in range(50)])
     assert shape.row_spread == pytest.approx(float(squares.log().std())) and shape.row_spread > 0.5
     two = torch.arange(64) // 32

@@ -106,13 +106,11 @@ class Attributor:
     def _judged(self, model: EngineModel, floor: Floor) -> Judgement:
         res = self.held_residual(model)
         limits = self.limits.model_copy(update={"min_tokens": max(1, self.limits.min_tokens // 4)})
-        verdict = judge(
-            res.residual_T.masked_fill(~res.usable_T, float("nan")), res.row_T, floor, limits,
-            lines=self.held.tokens.lines,
-        )  # fmt: skip
+        left_T = res.residual_T.masked_fill(~res.usable_T, float("nan"))
+        verdict = judge(left_T, res.row_T, floor, limits, lines=self.held.tokens.lines, left=True)
         if res.edge_share > self.limits.edge_share:
-            reason = f"{res.edge_share:.1%} of tokens lie outside the kept set this predicts"
-            verdict = replace(verdict, reasons=(*verdict.reasons, reason))
+            outside = f"{res.edge_share:.1%} of tokens lie outside the kept set this predicts"
+            return replace(verdict, reasons=(*verdict.reasons, outside))
         return verdict
 
     def _expand(self, start: Candidate, hypotheses: Sequence[Hypothesis]) -> list[Candidate]:
@@ -255,7 +253,8 @@ class Attributor:
         self.searched = True
         found: list[Candidate] = []
         for ground in (self.start, *improving):
-            kinds = [h for h in self.simulated if not h.numeric or self._numeric(ground)]
+            small = self.held_judgement(ground.model).rms < NUMERIC_NATS
+            kinds = [h for h in self.simulated if not h.numeric or small]
             if ground is not self.start:
                 kinds = [h for h in kinds if h.numeric or ground is improving[0]]
             found += self._expand(ground, kinds)
@@ -263,10 +262,6 @@ class Attributor:
             if best is not None:
                 return best, found
         return self._choose([*improving, *pairs, *found], complete=False) or self.start, found
-
-    def _numeric(self, candidate: Candidate) -> bool:
-        """Whether what a candidate leaves is small enough for rounding to be worth simulating."""
-        return self.held_judgement(candidate.model).rms < NUMERIC_NATS
 
     def _choose(self, candidates: Sequence[Candidate], *, complete: bool) -> Candidate | None:
         """Best candidate that explains enough of the gap, each of whose edits is needed.
@@ -305,6 +300,11 @@ class Attributor:
 
         first, second = (log_likelihood(self.held, drawn_from(c)) for c in (candidate, other))
         return second - first > LIKELIER_NATS
+
+    def _as_declared(self, candidate: Candidate, floor: Floor) -> bool:
+        """Whether a cause says of the engine what is declared: then it is the trainer that differs."""
+        declared = self.held_residual(replace(self.base, dist=self.held.case.processed))
+        return candidate.redraws and separation(declared, self.held_residual(candidate.model)) < floor.rms
 
     def _speaks_against(self, candidate: Candidate) -> bool:
         """Whether the drawn tokens rule out that they were drawn as a candidate says."""
@@ -345,21 +345,20 @@ class Attributor:
         verdict = self.held_judgement(best.model)
         floor = self.floor(best.model)
         rivals: list[str] = []
-        tried = {c.path[-1].hypothesis.id for c in singles}
-        chosen = {e.hypothesis.id for e in best.path}
-        ruled_out = [h.id for h in self.cheap if h.id not in tried | chosen] + sorted(self.hopeless - tried - chosen)
+        named = tuple(e.hypothesis.id for e in best.path)
+        tried = {*named, *(c.path[-1].hypothesis.id for c in singles)}
+        ruled_out = [h.id for h in self.cheap if h.id not in tried] + sorted(self.hopeless - tried)
         for candidate in singles:
             hypothesis = candidate.path[-1].hypothesis
-            if hypothesis.id in chosen:
+            if hypothesis.id in named:
                 continue
             ours, theirs = self.held_residual(best.model), self.held_residual(candidate.model)
             no_effect = separation(self.held_residual(self.base), theirs) < floor.rms
             if no_effect or clearly_better(ours, theirs, EDGE_ALLOWANCE):
                 ruled_out.append(hypothesis.id)
-            elif best.path and self.held_judgement(candidate.model).within:
+            elif best.path and self.held_judgement(candidate.model).within and not self._as_declared(candidate, floor):
                 (ruled_out if self._less_likely(candidate, best) else rivals).append(hypothesis.id)
         ruled_out = [i for i in ruled_out if self._would_show(i, floor, verdict)]
-        named = tuple(e.hypothesis.id for e in best.path)
         twins = sorted(self.twins.get(best.model, set()) - set(named)) if named else []
         ambiguous = ((*named, *rivals, *twins),) if rivals or twins else ()
         elsewhere = {*named, *rivals, *twins, *ruled_out, *self.unseeable}
@@ -374,7 +373,7 @@ class Attributor:
             unseeable=dict(self.unseeable),
             tried=tuple(h.id for h in (*self.cheap, *(self.simulated if self.searched else ()))),
             searched=self.searched,
-            unfinished=tuple(sorted(self.unfinished - chosen)),
+            unfinished=tuple(sorted(self.unfinished.difference(named))),
         )
 
     def _would_show(self, cause_id: str, floor: Floor, left: Judgement) -> bool:

@@ -33,6 +33,7 @@ SMALLEST_ROW = 0.5
 BOTH_SIDES = 1.5
 """Variance of (mean square / predicted mean square) over the variance of one side's own mean square."""
 BLOCK_TOKENS = 8
+QUARTER = 0.25
 FLOAT32_NATS = 1e-3
 """Rms below which a gap or a floor is one of float32 (below 1e-4) and cannot be one of 16 bits (0.03 and more)."""
 
@@ -43,13 +44,15 @@ class NoiseShape:
 
     Beyond `tail_start`, which the share `tail_share` of |noise| exceeds, the excess is taken as exponential with mean
     `tail_scale` (peaks over threshold: Coles, An Introduction to Statistical Modeling of Extreme Values, 2001, section
-    4). `kurtosis` is the fourth moment. `row_spread` is the standard deviation of the logarithm of a row's mean square.
+    4). `kurtosis` is the fourth moment, `quartile` the size that a quarter of |noise| exceeds. `row_spread` is the
+    standard deviation of the logarithm of a row's mean square.
     """
 
     tail_start: float = 1.96
     tail_share: float = 0.05
     tail_scale: float = 0.38
     kurtosis: float = 3.0
+    quartile: float = 1.15
     row_spread: float = 0.0
 
     @classmethod
@@ -68,6 +71,7 @@ class NoiseShape:
             tail_share=count / len(size),
             tail_scale=max(float((ordered[:count] - start).mean()), cls.tail_scale),
             kurtosis=max(float(size.pow(4).mean()), cls.kurtosis),
+            quartile=float(size.quantile(1 - QUARTER)),
             row_spread=float(row_S.std()) if len(row_S) > 1 else 0.0,
         )
 
@@ -250,8 +254,12 @@ def normal_quantile(rate: float) -> float:
     return NormalDist().inv_cdf(1 - rate)
 
 
-def judge(r_T: Tensor, row_T: Tensor, floor: Floor, limits: LimitsConfig, *, lines: Sequence[int] = ()) -> Judgement:
+def judge(
+    r_T: Tensor, row_T: Tensor, floor: Floor, limits: LimitsConfig, *, lines: Sequence[int] = (), left: bool = False
+) -> Judgement:
     """Judge the finite entries of r, in nats, against a floor; `lines[row]` names each row.
+
+    With `left`, r is what a cause leaves, and most tokens have to be at the floor, too (`judge_quartile`).
 
     What spreads the limits (how heavy the tail is, how much rows differ) is read off the prediction and never off the
     gap itself: a fault in a few rows would widen its own limits otherwise.
@@ -274,6 +282,8 @@ def judge(r_T: Tensor, row_T: Tensor, floor: Floor, limits: LimitsConfig, *, lin
     ):  # fmt: skip
         values |= judged
         reasons += [reason] if reason else []
+    if left and (reason := judge_quartile(r_T, row_T, floor, limits, lines=lines)) is not None:
+        reasons.append(reason)
     return Judgement(**values, reasons=tuple(reasons), enough=tokens >= limits.min_tokens)  # type: ignore[arg-type]
 
 
@@ -359,3 +369,29 @@ def _judge_tokens(r: Tensor, floor: Floor, limits: LimitsConfig) -> tuple[dict[s
     numbers = {"max_abs": float(ordered[0]), "token_limit": limit, "far_tokens": far}
     reason = f"{far} of {tokens} tokens beyond {limit:.3g} nats, the farthest by {float(ordered[0]):.3g}"
     return numbers, reason if broken else None
+
+
+def judge_quartile(
+    r_T: Tensor, row_T: Tensor, floor: Floor, limits: LimitsConfig, *, lines: Sequence[int] = ()
+) -> str | None:
+    """Why more of the finite entries than rounding explains lie beyond the upper quartile of the noise, or None.
+
+    Where the tail is heavy a few tokens decide an rms, and its limit in a hundred tokens is three times the floor. What
+    is left once a cause is taken away has to be at the floor in the other tokens, too: a share knows no tail. Its
+    variance is binomial, and that of the prediction's own quartile is added (BOTH_SIDES). A row that is predicted to
+    round more than the whole is held against its own prediction.
+    """
+    usable = torch.isfinite(r_T)
+    tokens = int(usable.sum())
+    if not tokens:
+        return None
+    found, inverse = torch.unique(row_T[usable], return_inverse=True)
+    own_S = floor.of_rows([lines[int(i)] for i in found]) if lines else torch.full((len(found),), math.nan)
+    size_S = limits.rms_factor * floor.shape.quartile * own_S.nan_to_num(floor.rms).clamp_min(floor.rms)
+    share = float((r_T[usable].double().abs() > size_S[inverse]).double().mean())
+    spread = math.sqrt(BOTH_SIDES * QUARTER * (1 - QUARTER) / tokens)
+    limit = QUARTER + normal_quantile(limits.false_alarm_rate) * spread
+    reason = (
+        f"{share:.0%} of {tokens} tokens beyond {float(size_S.min()):.3g} nats, where rounding puts up to {limit:.0%}"
+    )
+    return reason if share > limit else None
