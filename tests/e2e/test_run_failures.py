@@ -199,7 +199,7 @@ def test_a_batch_is_trained_once_when_the_trainer_dies_after_its_checkpoint_and_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", ["engine", "trainer"])
+@pytest.mark.parametrize("victim", [pytest.param("engine", marks=pytest.mark.long), "trainer"])
 def test_kill_9_of_a_process_at_ten_random_moments(tmp_path, monkeypatch, victim):
     make_tiny(tmp_path / "tiny")
     pids, killed = {}, set()

@@ -11,7 +11,7 @@ from scipy import stats
 from trueup.errors import NumericsError
 from trueup.policy import draw as draw_module
 from trueup.policy.draw import draw, sample_seed, uniform
-from trueup.policy.head import Head
+from trueup.policy.head import STREAM_BLOCK, Head
 from trueup.policy.logprobs import token_scores, token_scores_under
 from trueup.policy.processing import Distribution, History, SeenTokens
 
@@ -77,11 +77,12 @@ def test_a_tiled_row_does_not_depend_on_its_neighbours(dist):
 @given(noise=st.floats(0, 1, exclude_max=True), seed=st.integers(0, 20))
 @settings(max_examples=60)
 def test_the_token_is_where_the_cumulative_distribution_passes_the_noise(noise, seed):
-    hidden, weight = states(count=1, vocab=5000, seed=seed)
+    vocab = STREAM_BLOCK + 50  # two blocks
+    hidden, weight = states(count=1, vocab=vocab, seed=seed)
     dist = Distribution(temperature=0.8, top_p=0.95)
     token = int(draw(hidden, Head(weight_VD=weight), dist, torch.tensor([noise], dtype=torch.float64)).token_ids_T[0])
-    ids = torch.arange(5000)
-    scored = token_scores(hidden.expand(5000, -1), Head(weight_VD=weight), ids, dist=dist).logprobs_T
+    ids = torch.arange(vocab)
+    scored = token_scores(hidden.expand(vocab, -1), Head(weight_VD=weight), ids, dist=dist).logprobs_T
     cumulative = scored.double().exp().cumsum(0)
     assert math.isfinite(float(scored[token]))
     before = float(cumulative[token - 1]) if token else 0.0
