@@ -14,8 +14,8 @@ from trueup.model.tiny import make_tiny
 DEADLINE_S = 240
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
 def test_an_interrupted_check_restores_the_weights(tmp_path, number):
     model = make_tiny(tmp_path / "m", seed=4)
     (tmp_path / "weights").mkdir()

@@ -8,8 +8,8 @@ from trueup.pipeline.rollout_log import read_groups
 from trueup.pipeline.run import train
 
 
-@pytest.mark.parametrize("update", ["in_flight", "drain"])
 @pytest.mark.slow
+@pytest.mark.parametrize("update", ["in_flight", "drain"])
 def test_a_drained_update_waits_for_requests_and_one_in_flight_does_not(tmp_path, update):
     make_tiny(tmp_path / "tiny")
     rollout = {"update": update, "max_lag": 4, "max_tokens": 48, "concurrency": 8}

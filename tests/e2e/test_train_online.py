@@ -127,8 +127,8 @@ def test_what_is_missing_is_named(tmp_path):
         train(build_config({"train": {"model": "x", "run": str(tmp_path / "run")}}))
 
 
-@pytest.mark.parametrize("victim", ["engine", "trainer"])
 @pytest.mark.slow
+@pytest.mark.parametrize("victim", ["engine", "trainer"])
 def test_a_process_that_is_killed_is_started_again_and_nothing_is_lost(tmp_path, monkeypatch, victim):
     """kill -9 in the middle of a batch, more than once; versions and batches are those of a run without it."""
     from trueup.pipeline import fleet as fleet_module

@@ -70,8 +70,8 @@ def test_a_cause_that_was_accepted_is_written_down_and_the_run_goes_on(tmp_path)
     assert json.loads((tmp_path / "run" / "parity" / "accepted.json").read_text()) == ["S1"]
 
 
-@pytest.mark.parametrize("clear_cache", [True, False])
 @pytest.mark.slow
+@pytest.mark.parametrize("clear_cache", [True, False])
 def test_backend_stays_at_its_floor_while_staleness_grows_with_lag(tmp_path, clear_cache):
     """Lags are compared inside an audit: how far the policy moves in a batch changes from batch to batch."""
     make_tiny(tmp_path / "tiny")

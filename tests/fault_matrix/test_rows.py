@@ -78,8 +78,8 @@ def test_each_model_was_run_whole(rows, model, clean):
         assert {r["name"] for r in here if r["group"] == "outside"} == set(OUTSIDE) and len(OUTSIDE) >= 5
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_random_rows_come_out_the_same(rows, dtype, tmp_path):
     seed = int(time.time())
     pool = [r for r in rows if r["model"] == "tiny" and r["dtype"] == dtype and r["group"] in ("cause", "outside")]

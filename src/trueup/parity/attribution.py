@@ -253,8 +253,8 @@ class Attributor:
         self.searched = True
         found: list[Candidate] = []
         for ground in (self.start, *improving):
-            small = self.held_judgement(ground.model).rms < NUMERIC_NATS
-            kinds = [h for h in self.simulated if not h.numeric or small]
+            like_rounding = self.held_judgement(ground.model).rms < NUMERIC_NATS
+            kinds = [h for h in self.simulated if like_rounding or not h.numeric]
             if ground is not self.start:
                 kinds = [h for h in kinds if h.numeric or ground is improving[0]]
             found += self._expand(ground, kinds)
@@ -303,8 +303,8 @@ class Attributor:
 
     def _as_declared(self, candidate: Candidate, floor: Floor) -> bool:
         """Whether a cause says of the engine what is declared: then it is the trainer that differs."""
-        declared = self.held_residual(replace(self.base, dist=self.held.case.processed))
-        return candidate.redraws and separation(declared, self.held_residual(candidate.model)) < floor.rms
+        declared = replace(self.base, dist=self.held.case.processed)
+        return candidate.redraws and separation(*map(self.held_residual, (declared, candidate.model))) < floor.rms
 
     def _speaks_against(self, candidate: Candidate) -> bool:
         """Whether the drawn tokens rule out that they were drawn as a candidate says."""

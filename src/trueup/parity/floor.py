@@ -259,7 +259,7 @@ def judge(
 ) -> Judgement:
     """Judge the finite entries of r, in nats, against a floor; `lines[row]` names each row.
 
-    With `left`, r is what a cause leaves, and most tokens have to be at the floor, too (`judge_quartile`).
+    With `left`, r is what a cause leaves unexplained: then most tokens must be at the floor too (`judge_quartile`).
 
     What spreads the limits (how heavy the tail is, how much rows differ) is read off the prediction and never off the
     gap itself: a fault in a few rows would widen its own limits otherwise.
@@ -376,9 +376,9 @@ def judge_quartile(
 ) -> str | None:
     """Why more of the finite entries than rounding explains lie beyond the upper quartile of the noise, or None.
 
-    Where the tail is heavy a few tokens decide an rms, and its limit in a hundred tokens is three times the floor. What
-    is left once a cause is taken away has to be at the floor in the other tokens, too: a share knows no tail. Its
-    variance is binomial, and that of the prediction's own quartile is added (BOTH_SIDES). A row that is predicted to
+    Where the tail is heavy, a few tokens decide the rms: its limit for a hundred tokens is three floors. Whatever a
+    cause leaves must be at the floor in the other tokens as well, and a share of tokens does not depend on the tail.
+    Its variance is taken as binomial, times BOTH_SIDES for the prediction's own quartile. A row that is predicted to
     round more than the whole is held against its own prediction.
     """
     usable = torch.isfinite(r_T)
